@@ -1,0 +1,76 @@
+"""What a backend does: rows of numbers to codes and scales.
+
+This module names tensors in annotations only, so that importing the contract stays free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """Quantised rows in canonical form; the core packs, stores and reads them.
+
+    Exactly one of `offset` and `table` is given:
+
+    - *affine* (`offset`): ``codes * scale + offset``
+    - *codebook* (`table`): ``table[codes] * scale``
+
+    Attributes:
+        codes: uint8 ``[n_groups, group_size]``, one code a byte (unpacked), each below ``2**nbits``.
+        scale: floating ``[n_groups]``, finite. Zero is allowed, e.g. for a constant group.
+        offset: floating ``[n_groups]``, finite; affine format.
+        table: floating ``[2**nbits]``, finite; codebook format, the same for every row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+    table: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """Quantised rows in a form that only the backend can read: the way out for methods that fit neither format.
+
+    Slower than the canonical formats: attention must call the backend's `dequantize` for each block it reads.
+
+    Attributes:
+        tensors: everything that takes memory, by name.
+        meta: everything else; must survive a round trip through JSON.
+    """
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """The object that does the work, made by ``factory(scheme)``.
+
+    Each row stands on its own: what a row becomes must not depend on its neighbours, on earlier calls or on how the
+    rows were split into calls. `rows` must not be modified.
+    """
+
+    def quantize(self, rows: Tensor) -> QuantizedRows | Opaque:
+        """Quantise each row.
+
+        Args:
+            rows: floating ``[n_groups, group_size]``; contiguous, finite unless the user switched the check off.
+        """
+        ...  # an interface: implementations live in plugins
+
+
+@runtime_checkable
+class OpaqueQuantizer(Quantizer, Protocol):
+    """A quantizer whose format is `opaque` also reads what it wrote."""
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        """Return floating ``[n_groups, group_size]``, the rows given to `quantize` up to quantisation error."""
+        ...  # an interface: implementations live in plugins
