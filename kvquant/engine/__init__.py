@@ -1,0 +1,1 @@
+"""The tensor engine: configuration, grouping, packing and stores. Knows torch, not transformers."""

@@ -1,0 +1,147 @@
+"""The body: quantised tokens in pages, appended in two steps so that a failure in between changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.pages import CanonicalPage, OpaquePage, Page
+
+
+@dataclass
+class Staged:
+    """Tokens written behind the valid ones; they count once `Body.commit` has set the lengths.
+
+    Attributes:
+        lengths: pages written to, and the length each will have.
+        tokens: how many tokens there are in all.
+    """
+
+    lengths: list[tuple[Page, int]] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Body:
+    """Quantised tokens of one stream.
+
+    Spare capacity is at most one page or an eighth of what is stored: a new page takes what is at hand, and at least
+    an eighth of the length so far. So the number of pages grows with the logarithm of the length, nothing is ever
+    copied to make room, and appending n tokens costs O(n).
+    """
+
+    def __init__(self, encoder: Encoder, page_tokens: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        """Make an empty body whose smallest page has `page_tokens` tokens and which lives on `device`."""
+        self.encoder = encoder
+        self.pages: list[Page] = []
+        self._page_tokens, self._kv_heads, self._head_dim, self.device = page_tokens, kv_heads, head_dim, device
+
+    def __len__(self) -> int:
+        return sum(page.length for page in self.pages)
+
+    def stage(self, pieces: Iterator[Piece], tokens: int) -> Staged:
+        """Write pieces behind the valid tokens without making them count.
+
+        Args:
+            pieces: what to write, produced as it is consumed so that only one chunk is alive at a time.
+            tokens: how many tokens they have together.
+        """
+        staged = Staged()
+        stored = len(self)
+        page = self.pages[-1] if self.pages else None
+        at = page.length if page else 0
+        for piece in pieces:
+            start = 0
+            while start < piece.tokens:
+                if page is None or not page.accepts(piece, at):
+                    left = tokens - staged.tokens
+                    page, at = self._new_page(piece, stored + staged.tokens, left), 0
+                written = page.write(piece, start, at)
+                at, start, staged.tokens = at + written, start + written, staged.tokens + written
+                if staged.lengths and staged.lengths[-1][0] is page:
+                    staged.lengths.pop()
+                staged.lengths.append((page, at))
+        return staged
+
+    def commit(self, staged: Staged) -> None:
+        """Make staged tokens count."""
+        for page, length in staged.lengths:
+            if not any(page is known for known in self.pages):
+                if self.pages:
+                    self.pages[-1].trim()
+                self.pages.append(page)
+            page.length = length
+
+    def discard(self) -> None:
+        """Forget what was staged and will not be committed."""
+        for page in self.pages[-1:]:
+            page.discard()
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens. A page that ends inside a group is never written to again."""
+        before = 0
+        for index, page in enumerate(self.pages):
+            if before + page.length >= tokens:
+                page.length = tokens - before
+                del self.pages[index + (page.length > 0) :]
+                break
+            before += page.length
+        if self.pages and self.pages[-1].capacity - self.pages[-1].length > max(self._page_tokens, tokens // 8):
+            self.pages[-1].trim()
+
+    def replaced(self, states: Tensor, first_token: int) -> Body:
+        """Return a body that holds other states in pages of the same lengths.
+
+        Args:
+            states: ``[batch, kv_heads, len(self), head_dim]``.
+            first_token: position of the first of them in the sequence.
+        """
+        body = Body(self.encoder, self._page_tokens, self._kv_heads, self._head_dim, self.device)
+        start = 0
+        for page in self.pages:
+            # A page that a crop left ending inside a group is filled up with its own last token, which moves no
+            # minimum or maximum, and cut back after.
+            tokens = states[:, :, start : start + page.length]
+            missing = -page.length % self.encoder.block
+            filled = torch.cat([tokens, tokens[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+            fresh = Body(self.encoder, self._page_tokens, self._kv_heads, self._head_dim, self.device)
+            fresh.commit(fresh.stage(self.encoder.encode(filled, first_token + start), filled.shape[2]))
+            fresh.truncate(page.length)
+            body.pages += fresh.pages
+            start += page.length
+        return body
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield tokens `start` to `stop` page by page, dequantised."""
+        before = 0
+        for page in self.pages:
+            low, high = max(start - before, 0), min(stop - before, page.length)
+            if low < high:
+                yield page.dequantize(low, high, dtype)
+            before += page.length
+
+    def select(self, indices: Tensor) -> None:
+        """Keep batch rows `indices`, in that order."""
+        for page in self.pages:
+            page.select(indices.to(self.device))
+
+    def to(self, device: torch.device) -> None:
+        """Move to `device`."""
+        self.device = device
+        for page in self.pages:
+            page.to(device)
+
+    def parts(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield ``(part, tensor, valid bytes)`` of every tensor held."""
+        for page in self.pages:
+            yield from page.parts()
+
+    def _new_page(self, piece: Piece, stored: int, left: int) -> Page:
+        if not isinstance(piece, Encoded):
+            return OpaquePage(self.encoder, stored, self._kv_heads, self._head_dim, self.device)
+        block = self.encoder.block
+        wanted = max(left, self._page_tokens, stored // 8)
+        return CanonicalPage(self.encoder, piece, wanted // block * block, self._head_dim, self.device)

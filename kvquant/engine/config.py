@@ -1,0 +1,214 @@
+"""What a user can choose, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvquant.engine.options import (
+    LAYER_OPTIONS,
+    check_layer_options,
+    is_int,
+    mapping,
+    normalise_layers,
+    parse_layers,
+    rename_options,
+)
+from kvquant.errors import OptionValueError, UnknownOptionError
+
+_COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+#: Named settings. KIVI's are those of its paper (arXiv 2402.02750, section 4.1): group 32, a window of 128 tokens.
+PRESETS: dict[str, dict[str, Any]] = {
+    "kivi-2": {"nbits": 2, "axis_key": "channel", "axis_value": "token", "group_size": 32, "residual_length": 128},
+    "kivi-4": {"nbits": 4, "axis_key": "channel", "axis_value": "token", "group_size": 32, "residual_length": 128},
+    "int8": {"nbits": 8, "axis_key": "channel", "axis_value": "token", "group_size": 64, "residual_length": 64},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Everything that a quantised cache can be told.
+
+    Attributes:
+        backend: name of the backend, as ``kvquant list-backends`` shows it.
+        nbits: bits a code takes: 1, 2, 3, 4 or 8, as far as the backend has them.
+        nbits_key, nbits_value: the same for keys or values alone.
+        axis_key, axis_value: ``"channel"`` or ``"token"``, or transformers' integer for backends that have them.
+        group_size: numbers that share a scale; None takes 64, or where that does not fit the largest below that does.
+            transformers' name `q_group_size` is accepted too.
+        group_size_key, group_size_value: the same for keys or values alone.
+        residual_length: most recent tokens that stay in full precision, at least.
+        sink_length: first tokens that stay in full precision for ever.
+        compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
+            (float64 for float64 states).
+        device: where quantised tokens live; None keeps them with the model's layer. Elsewhere, tiles are brought over
+            as attention reads them.
+        layers: options for some layers alone: ``{0: {"nbits": 8}, range(2, 6): {"backend": "hqq"}}``; in a file
+            ``"2-5"``. For a layer named twice the later entry wins.
+        skip_layers: layers that stay in full precision; negative numbers count from the last.
+        check_finite: whether NaN and infinity in the states are an error.
+        options: the backend's own options.
+
+    Raises:
+        OptionValueError: a value can never work.
+        UnknownOptionError: an option does not exist.
+    """
+
+    backend: str = "reference"
+    nbits: int = 4
+    nbits_key: int | None = None
+    nbits_value: int | None = None
+    axis_key: str | int = "channel"
+    axis_value: str | int = "token"
+    group_size: int | None = None
+    group_size_key: int | None = None
+    group_size_value: int | None = None
+    residual_length: int = 128
+    sink_length: int = 0
+    compute_dtype: str | None = None
+    device: str | None = None
+    layers: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
+    skip_layers: tuple[int, ...] = ()
+    check_finite: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_layer_options(_layer_options_of(self))
+        normal: dict[str, object] = {
+            "layers": normalise_layers(self.layers),
+            "skip_layers": _layer_numbers(self.skip_layers),
+            "compute_dtype": _dtype_name(self.compute_dtype),
+            "device": _device_name(self.device),
+            "options": dict(self.options),
+        }
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)  # how a frozen dataclass normalises its own fields
+        if not isinstance(self.check_finite, bool):
+            raise OptionValueError("check_finite", self.check_finite, "True or False")
+
+    # -------------------------------------------------------------------------------------------- making one
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> CacheConfig:
+        """Make a config from a mapping of options, as `to_dict` gives it or as a user types it."""
+        return cls(**rename_options(options, OPTIONS))
+
+    @classmethod
+    def from_preset(cls, preset: str, **options: Any) -> CacheConfig:
+        """Make a config from one of `PRESETS`; `options` override its settings."""
+        if preset not in PRESETS:
+            raise UnknownOptionError("preset", preset, PRESETS)
+        return cls.from_dict({**PRESETS[preset], **rename_options(options, OPTIONS)})
+
+    @classmethod
+    def from_json(cls, text: str) -> CacheConfig:
+        """Make a config from what `to_json` wrote."""
+        return cls.from_dict(mapping("the JSON text", json.loads(text)))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> CacheConfig:
+        """Make a config from what `to_yaml` wrote."""
+        import yaml
+
+        return cls.from_dict(mapping("the YAML text", yaml.safe_load(text)))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> CacheConfig:
+        """Make a config from a ``.json``, ``.yaml`` or ``.yml`` file."""
+        text = Path(path).read_text(encoding="utf-8")
+        return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
+
+    # -------------------------------------------------------------------------------------------- writing it down
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain builtins; `from_dict` makes the same config of them."""
+        return {**dataclasses.asdict(self), "skip_layers": list(self.skip_layers)}
+
+    def to_json(self) -> str:
+        """Return JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_yaml(self) -> str:
+        """Return YAML text."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    # -------------------------------------------------------------------------------------------- layers
+
+    def layer_options(self, layer: int) -> dict[str, Any]:
+        """Return the per-layer options that hold for `layer`: its own over the general ones."""
+        merged = _layer_options_of(self)
+        for key, overrides in self.layers.items():
+            if layer in parse_layers(key):
+                # What a layer says of both streams beats what the whole cache says of one.
+                for general in {"nbits", "group_size"} & set(overrides):
+                    merged[f"{general}_key"] = merged[f"{general}_value"] = None
+                if "backend" in overrides:
+                    merged["options"] = {}  # those of the cache are for another backend
+                merged.update(overrides)
+        return merged
+
+    def skips(self, layer: int, count: int | None = None) -> bool:
+        """Whether `layer` stays in full precision; `count` is the model's number of layers, where it is known.
+
+        Raises:
+            OptionValueError: a negative layer number while `count` is not known.
+        """
+        if count is None and any(skipped < 0 for skipped in self.skip_layers):
+            raise OptionValueError(
+                "skip_layers", list(self.skip_layers), "layers from 0 on, or config=model.config to count from the last"
+            )
+        return layer in self.skip_layers or (count is not None and layer - count in self.skip_layers)
+
+    def check_layer_count(self, count: int) -> None:
+        """Refuse layers that a model of `count` layers does not have.
+
+        Raises:
+            OptionValueError: naming the option and the layer.
+        """
+        for layer in self.skip_layers:
+            if not -count <= layer < count:
+                raise OptionValueError("skip_layers", layer, f"a layer from 0 to {count - 1}")
+        for key in self.layers:
+            if max(parse_layers(key)) >= count:
+                raise OptionValueError("layers", key, f"layers from 0 to {count - 1}")
+
+
+OPTIONS = tuple(option.name for option in dataclasses.fields(CacheConfig))
+
+
+def _layer_options_of(config: CacheConfig) -> dict[str, Any]:
+    return {option: getattr(config, option) for option in LAYER_OPTIONS}
+
+
+def _layer_numbers(value: object) -> tuple[int, ...]:
+    items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not all(is_int(item) for item in items):
+        raise OptionValueError("skip_layers", value, "layer numbers, such as [0, 1]")
+    return tuple(int(str(item)) for item in items)
+
+
+def _dtype_name(dtype: object) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in _COMPUTE_DTYPES:
+        raise OptionValueError("compute_dtype", dtype, f"one of {', '.join(_COMPUTE_DTYPES)}")
+    return name
+
+
+def _device_name(device: Any) -> str | None:
+    if device is None:
+        return None
+    import torch
+
+    try:
+        return str(torch.device(device))
+    except (RuntimeError, TypeError) as cause:
+        raise OptionValueError("device", device, "a torch device such as 'cpu' or 'cuda:0'") from cause

@@ -1,0 +1,259 @@
+"""Full-precision states to quantised pieces: the one place that calls a backend's `quantize`.
+
+States go through in bounded chunks, what comes back is checked at this border, and codes are packed. The result is a
+list of *pieces*, runs of whole blocks that share one layout; nothing of a store has changed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
+from kvquant.engine.packing import pack
+from kvquant.errors import BackendContractError, QuantizationError
+from kvquant.plugin.quantizer import Opaque, QuantizedRows, Quantizer
+from kvquant.plugin.spec import Scheme
+
+#: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
+CHUNK_ELEMENTS = 1 << 20
+
+#: Share of a quantisation step that rounding scale and offset to float16 may cost; beyond it they stay in float32.
+_HALF_PRECISION_SHARE = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A piece in a canonical format.
+
+    Attributes:
+        codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
+        scale: float16 or float32, shaped as the grid of scales (see `grouping`).
+        offset: like `scale` (affine), or None (codebook).
+        table: float32 ``[2**nbits]`` (codebook), or None (affine).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    table: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the piece."""
+        return self.codes.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedOpaque:
+    """A block in a backend's own format: one `Opaque` a batch row, so that rows can be selected without reading it."""
+
+    rows: tuple[Opaque, ...]
+    tokens: int
+
+
+Piece = Encoded | EncodedOpaque
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Quantises the states of one stream of one layer.
+
+    Attributes:
+        backend: the backend's name, for messages.
+        quantizer: the backend's object.
+        scheme: bits, axis and group size.
+        stream: ``"key"`` or ``"value"``.
+        where: the layer, for messages.
+        block: tokens of a block.
+        dtype: floating type in which rows are handed to the backend.
+        formats: formats that the backend declared.
+    """
+
+    backend: str
+    quantizer: Quantizer
+    scheme: Scheme
+    stream: str
+    where: str
+    block: int
+    dtype: torch.dtype
+    formats: tuple[str, ...]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
+        return self  # quantizers keep no state between calls, so copies of a cache share them
+
+    def encode(self, states: Tensor, first_token: int) -> Iterator[Piece]:
+        """Quantise states, each token once, a bounded chunk at a time.
+
+        Args:
+            states: ``[batch, kv_heads, tokens, head_dim]``; tokens a multiple of `block`.
+            first_token: position of the first of them in the sequence, for messages.
+
+        Yields:
+            The pieces in order of tokens.
+
+        Raises:
+            QuantizationError: the backend raised.
+            BackendContractError: the backend returned something that it must not.
+        """
+        for start, stop in self._chunks(states):
+            try:
+                pieces = self._encode_chunk(states[:, :, start:stop])
+            except BackendContractError:
+                raise
+            except Exception as cause:
+                raise QuantizationError(
+                    self.backend, self.stream, first_token + start, first_token + stop, cause, self.where
+                ) from cause
+            yield from pieces
+
+    def _chunks(self, states: Tensor) -> Iterator[tuple[int, int]]:
+        batch, heads, tokens, head_dim = states.shape
+        step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * head_dim * self.block)) * self.block
+        for start in range(0, tokens, step):
+            yield start, min(start + step, tokens)
+
+    def _encode_chunk(self, states: Tensor) -> list[Piece]:
+        if self.formats == ("opaque",):
+            return self._encode_opaque(states)
+        # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
+        rows_per_call = max(1, CHUNK_ELEMENTS // (states[0].numel() or 1))
+        parts = [self._encode_rows(part) for part in states.split(rows_per_call)]
+        return list(self._by_scale_dtype(parts[0] if len(parts) == 1 else self._join(parts)))
+
+    def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
+        rows = states_to_rows(states.to(self.dtype), self.scheme.axis, self.scheme.group_size)
+        if rows.untyped_storage().data_ptr() == states.untyped_storage().data_ptr():
+            rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
+        return self.quantizer.quantize(rows.contiguous())
+
+    def _encode_rows(self, states: Tensor) -> Encoded:
+        scheme = self.scheme
+        shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
+        result = self._quantize(states)
+        n_groups = states.numel() // scheme.group_size
+        rows = self._checked(result, n_groups, states.device)
+        codes = rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size)
+        grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
+        return Encoded(
+            codes=pack(codes, scheme.nbits),
+            scale=rows.scale.to(torch.float32).reshape(grid),
+            offset=None if rows.offset is None else rows.offset.to(torch.float32).reshape(grid),
+            table=None if rows.table is None else rows.table.to(torch.float32),
+        )
+
+    def _encode_opaque(self, states: Tensor) -> list[Piece]:
+        pieces: list[Piece] = []
+        for block in states.split(self.block, dim=2):
+            packed = []
+            for row in block.split(1):
+                result = self._quantize(row)
+                if not isinstance(result, Opaque):
+                    raise self._broken(f"quantize returned {type(result).__name__} where its only format is opaque")
+                packed.append(result)
+            pieces.append(EncodedOpaque(tuple(packed), self.block))
+        return pieces
+
+    def _join(self, parts: list[Encoded]) -> Encoded:
+        """Join pieces of different batch rows along the batch."""
+        first = parts[0]
+        if any(part.table is not None and not torch.equal(part.table, _given(first.table)) for part in parts):
+            raise self._broken("table differs between calls; a codebook must not depend on the rows")
+        return Encoded(
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
+            table=first.table,
+        )
+
+    # -------------------------------------------------------------------------------------------- the border
+
+    def _broken(self, problem: str) -> BackendContractError:
+        return BackendContractError(self.backend, problem)
+
+    def _checked(self, result: object, n_groups: int, device: torch.device) -> QuantizedRows:
+        if not isinstance(result, QuantizedRows):
+            raise self._broken(f"quantize returned {type(result).__name__} instead of QuantizedRows")
+        if (result.offset is None) == (result.table is None):
+            raise self._broken("QuantizedRows needs either offset (affine) or table (codebook), and not both")
+        kind = "affine" if result.table is None else "codebook"
+        if kind not in self.formats:
+            raise self._broken(f"quantize returned the format {kind!r}, declared are {', '.join(self.formats)}")
+        levels = 2**self.scheme.nbits
+        self._check_tensor("codes", result.codes, (n_groups, self.scheme.group_size), device, floating=False)
+        self._check_tensor("scale", result.scale, (n_groups,), device)
+        if result.offset is not None:
+            self._check_tensor("offset", result.offset, (n_groups,), device)
+        if result.table is not None:
+            self._check_tensor("table", result.table, (levels,), device)
+            if result.table.min() == result.table.max():
+                raise self._broken("table holds one value only")
+        if levels < 256 and n_groups and (top := int(result.codes.max())) >= levels:
+            raise self._broken(f"code {top} is out of range for nbits={self.scheme.nbits}; the largest is {levels - 1}")
+        return result
+
+    def _check_tensor(
+        self, name: str, tensor: object, shape: tuple[int, ...], device: torch.device, *, floating: bool = True
+    ) -> None:
+        if not isinstance(tensor, Tensor):
+            raise self._broken(f"{name} is {type(tensor).__name__} instead of a tensor")
+        if tuple(tensor.shape) != shape:
+            raise self._broken(f"{name} has shape {list(tensor.shape)} instead of {list(shape)}")
+        if tensor.device != device:
+            raise self._broken(f"{name} is on {tensor.device} instead of {device}")
+        if floating and not tensor.is_floating_point():
+            raise self._broken(f"{name} has dtype {tensor.dtype} instead of a floating type")
+        if not floating and tensor.dtype != torch.uint8:
+            raise self._broken(f"{name} has dtype {tensor.dtype} instead of torch.uint8")
+        if floating and tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor.float())):
+            raise self._broken(f"{name} holds NaN or infinity, or leaves the range of float32")
+
+    # -------------------------------------------------------------------------------------------- stored precision
+
+    def _by_scale_dtype(self, piece: Encoded) -> Iterator[Encoded]:
+        """Cut a piece into runs of blocks whose scales fit float16 and runs whose scales do not.
+
+        float16 holds most scales with an error that is small beside a quantisation step, at half the bytes. The
+        decision is made block by block, so that it does not depend on which blocks came in one call.
+        """
+        fits = self._fits_half(piece).tolist()
+        tokens_per_scale = self.scheme.group_size if self.scheme.axis == "channel" else 1
+        start = 0
+        while start < len(fits):
+            stop = start
+            while stop < len(fits) and fits[stop] == fits[start]:
+                stop += 1
+            tokens = slice(start * self.block, stop * self.block)
+            scales = slice(tokens.start // tokens_per_scale, tokens.stop // tokens_per_scale)
+            dtype = torch.float16 if fits[start] else torch.float32
+            yield Encoded(
+                codes=piece.codes[:, :, tokens],
+                scale=piece.scale[:, :, scales].to(dtype),
+                offset=None if piece.offset is None else piece.offset[:, :, scales].to(dtype),
+                table=piece.table,
+            )
+            start = stop
+
+    def _fits_half(self, piece: Encoded) -> Tensor:
+        """Return bool ``[blocks]``: rounding to float16 costs a small share of a step, for every group of the block."""
+        scale, reach = piece.scale, float(2**self.scheme.nbits - 1)
+        step = scale.abs()
+        if piece.table is not None:
+            gaps = piece.table.sort().values.diff()
+            step, reach = step * float(gaps[gaps > 0].min()), float(piece.table.abs().max())
+        error = (scale.half().float() - scale).abs() * reach
+        if piece.offset is not None:
+            error += (piece.offset.half().float() - piece.offset).abs()
+        fits = error <= _HALF_PRECISION_SHARE * step
+        blocks = piece.tokens // self.block
+        return fits.unflatten(2, (blocks, -1)).transpose(0, 2).flatten(1).all(dim=1)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    """Return a tensor that the format guarantees to be there."""
+    if tensor is None:
+        raise ValueError("pieces of one call differ in format")
+    return tensor

@@ -1,0 +1,148 @@
+"""What a cache's memory is made of, counted from the tensors that it really holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+#: Parts of a layer's memory. Spare is what is allocated and not in use yet.
+PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "spare")
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages behind `tensors`, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Memory of one layer.
+
+    Attributes:
+        layer: its number.
+        tokens: tokens held.
+        quantized_tokens: tokens in the body.
+        quantized_elements: numbers in the body, keys and values together, all batch rows and heads.
+        parts: bytes by part.
+    """
+
+    layer: int
+    tokens: int
+    quantized_tokens: int
+    quantized_elements: int
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of the layer."""
+        return sum(self.parts.values())
+
+    @property
+    def bits_per_element(self) -> float | None:
+        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        if not self.quantized_elements:
+            return None
+        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / self.quantized_elements
+
+
+def layer_memory(
+    layer: int, tokens: int, quantized: tuple[int, int], parts: Iterable[tuple[str, Tensor, int]]
+) -> LayerMemory:
+    """Add up what a layer holds.
+
+    Args:
+        layer: its number.
+        tokens: tokens held.
+        quantized: tokens, and numbers, in the body.
+        parts: ``(part, tensor, valid bytes)`` for every tensor held.
+    """
+    held = list(parts)
+    sums = dict.fromkeys(PARTS, 0)
+    seen: set[int] = set()
+    for part, tensor, valid in held:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen:  # batch rows can share a tensor
+            seen.add(address)
+            sums[part] += valid
+    sums["spare"] = tensor_bytes(tensor for _, tensor, _ in held) - sum(sums.values())
+    return LayerMemory(layer, tokens, quantized[0], quantized[1], sums)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of a cache, by layer and part. Print it, or take `to_dict()`."""
+
+    layers: tuple[LayerMemory, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of the cache."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, over all layers."""
+        return {part: sum(layer.parts.get(part, 0) for layer in self.layers) for part in PARTS}
+
+    @property
+    def bits_per_element(self) -> float | None:
+        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        elements = sum(layer.quantized_elements for layer in self.layers)
+        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / elements if elements else None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain builtins."""
+        return {
+            "nbytes": self.nbytes,
+            "bits_per_element": self.bits_per_element,
+            "parts": self.parts,
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "tokens": layer.tokens,
+                    "quantized_tokens": layer.quantized_tokens,
+                    "nbytes": layer.nbytes,
+                    "bits_per_element": layer.bits_per_element,
+                    "parts": dict(layer.parts),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        used = [part for part in PARTS if self.parts[part]]
+        header = ["layer", "tokens", "quantised", *used, "total", "bits"]
+        rows = [
+            [
+                str(layer.layer),
+                str(layer.tokens),
+                str(layer.quantized_tokens),
+                *(format_bytes(layer.parts.get(part, 0)) for part in used),
+                format_bytes(layer.nbytes),
+                _bits(layer.bits_per_element),
+            ]
+            for layer in self.layers
+        ]
+        totals = [format_bytes(self.parts[part]) for part in used]
+        rows.append(["all", "", "", *totals, format_bytes(self.nbytes), _bits(self.bits_per_element)])
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
+        )
+
+
+def format_bytes(count: int) -> str:
+    """Return a count of bytes as people write it, in powers of 1024."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _bits(bits: float | None) -> str:
+    return "-" if bits is None else f"{bits:.2f}"

@@ -1,0 +1,145 @@
+"""From what a user wrote to what one layer does: backends looked up, axes and groups decided, refusals made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from kvquant.engine.config import CacheConfig
+from kvquant.engine.grouping import block_tokens
+from kvquant.engine.window import WindowPolicy
+from kvquant.errors import UnsupportedError, listing
+from kvquant.plugin.capabilities import Capabilities
+from kvquant.plugin.spec import Axis, Scheme
+from kvquant.registry import Backend, get_backend
+
+DEFAULT_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the keys, or the values, of one layer do.
+
+    Attributes:
+        stream: ``"key"`` or ``"value"``.
+        where: the layer, for messages; empty for the settings of a whole cache.
+        backend: the backend that quantises them.
+        nbits, axis, group_size: the scheme; `group_size` None is decided once head_dim is known.
+        options: the backend's own options.
+    """
+
+    stream: str
+    where: str
+    backend: Backend
+    nbits: int
+    axis: Axis
+    group_size: int | None
+    options: Mapping[str, Any]
+
+    def scheme(self, head_dim: int | None = None, device: str | None = None, dtype: str | None = None) -> Scheme:
+        """Return the scheme for states of `head_dim` channels.
+
+        Args:
+            head_dim: channels of a head; None when not known yet, which leaves the group size open to doubt.
+            device: torch device type of the states, None when not known yet.
+            dtype: name of the torch type of the rows, None when not known yet.
+
+        Raises:
+            UnsupportedError: the backend cannot do it, or the group size does not fit; says what would work.
+        """
+        capabilities = self.backend.capabilities
+        group_size = self.group_size or self._best_group(capabilities, head_dim)
+        scheme = Scheme(self.nbits, self.axis, group_size, self.options)
+        reasons = capabilities.why_not(scheme, device, dtype)
+        if head_dim is not None and self.axis == "token" and head_dim % group_size:
+            works = _fitting_groups(capabilities, head_dim)
+            reasons.append(
+                f"group_size={group_size} does not divide head_dim={head_dim}; those that do: {listing(works)}"
+            )
+        if reasons:
+            raise self._unsupported(reasons)
+        return scheme
+
+    def _best_group(self, capabilities: Capabilities, head_dim: int | None) -> int:
+        if self.axis == "token" and head_dim is not None:
+            candidates = _fitting_groups(capabilities, head_dim)
+        else:
+            candidates = list(capabilities.group_sizes or (DEFAULT_GROUP_SIZE,))
+        if not candidates:
+            sizes = listing(capabilities.group_sizes or ())
+            raise self._unsupported([f"none of its group sizes ({sizes}) divides head_dim={head_dim}"])
+        small = [size for size in candidates if size <= DEFAULT_GROUP_SIZE]
+        return max(small) if small else min(candidates)
+
+    def _unsupported(self, reasons: list[str]) -> UnsupportedError:
+        place = f"{self.stream} states" + (f" of {self.where}" if self.where else "")
+        return UnsupportedError(f"backend {self.backend.name!r}", reasons, place)
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What one layer does."""
+
+    key: StreamSettings
+    value: StreamSettings
+    residual_length: int
+    sink_length: int
+
+    def policy(self, key_scheme: Scheme, value_scheme: Scheme) -> WindowPolicy:
+        """Return the window policy for these schemes."""
+        groups = [(scheme.axis, scheme.group_size) for scheme in (key_scheme, value_scheme)]
+        return WindowPolicy(self.sink_length, self.residual_length, block_tokens(groups))
+
+
+def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettings:
+    """Decide what `layer` does (None: any layer that has no options of its own).
+
+    Raises:
+        UnknownBackendError: and the other errors of `get_backend`.
+        BackendUnavailableError: the backend's library is not installed.
+        UnsupportedError: the backend cannot do what is asked, as far as can be told before the first states.
+    """
+    options = config.layer_options(-1 if layer is None else layer)
+    backend = get_backend(options["backend"])
+    backend.require()
+    streams = []
+    for stream in ("key", "value"):
+        nbits, group_size = options[f"nbits_{stream}"], options[f"group_size_{stream}"]
+        settings = StreamSettings(
+            stream=stream,
+            where="" if layer is None else f"layer {layer}",
+            backend=backend,
+            nbits=options["nbits"] if nbits is None else nbits,
+            axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
+            group_size=options["group_size"] if group_size is None else group_size,
+            options=options["options"],
+        )
+        settings.scheme(dtype=config.compute_dtype)
+        streams.append(settings)
+    return LayerSettings(streams[0], streams[1], options["residual_length"], options["sink_length"])
+
+
+def compute_dtype(config: CacheConfig, states: torch.dtype) -> torch.dtype:
+    """Return the type in which states of type `states` are quantised and attended."""
+    if config.compute_dtype is not None:
+        return cast(torch.dtype, getattr(torch, config.compute_dtype))
+    return torch.promote_types(states, torch.float32)
+
+
+def _axis(backend: Backend, option: str, axis: str | int) -> Axis:
+    aliases = backend.capabilities.axis_aliases
+    if isinstance(axis, str):
+        return cast(Axis, axis)
+    if axis not in aliases:
+        known = ", ".join(f"{number} ({meaning})" for number, meaning in aliases.items()) or "none"
+        reason = f"{option}={axis} is not an integer axis of it; it has: {known}; 'channel' and 'token' always work"
+        raise UnsupportedError(f"backend {backend.name!r}", [reason])
+    return cast(Axis, aliases[axis])
+
+
+def _fitting_groups(capabilities: Capabilities, head_dim: int) -> list[int]:
+    sizes = capabilities.group_sizes or range(1, head_dim + 1)
+    return [size for size in sizes if head_dim % size == 0]

@@ -1,0 +1,233 @@
+"""A store: the keys, or the values, of one layer.
+
+    | sink | body | window |
+
+The sink and the window are exact. While nothing is quantised yet, the sink is simply the front of the window's
+buffer, so that the states can be handed out as one tensor without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.body import Body, Staged
+from kvquant.engine.buffer import TokenBuffer
+from kvquant.engine.encode import Encoder, Piece
+from kvquant.engine.window import WindowPolicy
+
+
+class Store:
+    """One stream of one layer.
+
+    Attributes:
+        body: the quantised tokens.
+        sink: ``[batch, kv_heads, sink_length, head_dim]``, or None while nothing is quantised.
+        recent: the tokens after the body (all tokens, while nothing is quantised).
+        version: rises with every change, so that what was handed out can tell that it is out of date.
+    """
+
+    def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, body_device: torch.device | None) -> None:
+        """Make an empty store for states like `like` ``[batch, kv_heads, any, head_dim]``."""
+        self._policy = policy
+        self.dtype, self.device = like.dtype, like.device
+        self.compute_dtype = encoder.dtype
+        self.version = 0
+        self.sink: Tensor | None = None
+        self.body = Body(encoder, policy.page_tokens, like.shape[1], like.shape[3], body_device or like.device)
+        self.recent = TokenBuffer(like, policy.block)
+
+    # -------------------------------------------------------------------------------------------- shape
+
+    @property
+    def batch(self) -> int:
+        """Batch rows."""
+        return self.recent.data.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.recent.data.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.recent.data.shape[3]
+
+    @property
+    def sink_tokens(self) -> int:
+        """Tokens of the sink that have been set apart from the window."""
+        return 0 if self.sink is None else self.sink.shape[2]
+
+    def __len__(self) -> int:
+        return self.sink_tokens + len(self.body) + len(self.recent)
+
+    # -------------------------------------------------------------------------------------------- appending
+
+    def leaving(self, added: int) -> int:
+        """Return how many tokens will be quantised when `added` tokens are appended."""
+        in_front = self._policy.sink_length - self.sink_tokens  # sink tokens that are still in the buffer
+        return self._policy.leaving(len(self.recent) + added - in_front)
+
+    def stage(self, states: Tensor, leaving: int) -> Staged:
+        """Quantise the tokens that will leave the window once `states` are appended. Nothing changes yet.
+
+        Args:
+            states: ``[batch, kv_heads, tokens, head_dim]``, about to be appended.
+            leaving: what `leaving` said.
+        """
+        if not leaving:
+            return Staged()
+        first = self._policy.sink_length - self.sink_tokens
+        position = self._policy.sink_length + len(self.body)
+        return self.body.stage(self._encode(states, first, first + leaving, position), leaving)
+
+    def commit(self, states: Tensor, staged: Staged) -> None:
+        """Append `states` and let go of what `stage` quantised for them."""
+        self.version += 1
+        if staged.tokens and self.sink is None:
+            # Set the sink apart now that quantised tokens will lie between it and the window.
+            self.sink = self._span(states, 0, self._policy.sink_length).clone()
+            self._drop(states, self._policy.sink_length + staged.tokens)
+        else:
+            self._drop(states, staged.tokens)
+        self.body.commit(staged)
+
+    def _encode(self, states: Tensor, start: int, stop: int, position: int) -> Iterator[Piece]:
+        """Encode tokens `start` to `stop` of the buffer followed by `states`, straight from where they lie.
+
+        Whole blocks lie in the buffer alone or in `states` alone but for one that straddles both.
+        """
+        held, block = len(self.recent), self._policy.block
+        inside = start + max(0, min(held, stop) - start) // block * block
+        straddling = min(stop, inside + block) if inside < held else inside
+        for low, high in ((start, inside), (inside, straddling), (straddling, stop)):
+            if low < high:
+                yield from self.body.encoder.encode(self._span(states, low, high), position + low - start)
+
+    def _span(self, states: Tensor, start: int, stop: int) -> Tensor:
+        """Return tokens `start` to `stop` of the buffer followed by `states`."""
+        held = len(self.recent)
+        if stop <= held:
+            return self.recent.view(start, stop)
+        if start >= held:
+            return states[:, :, start - held : stop - held]
+        return torch.cat([self.recent.view(start, held), states[:, :, : stop - held]], dim=2)
+
+    def _drop(self, states: Tensor, tokens: int) -> None:
+        """Append `states` to the buffer, without its oldest `tokens`, which need never enter it."""
+        from_buffer = min(tokens, len(self.recent))
+        self.recent.drop_front(from_buffer)
+        self.recent.append(states[:, :, tokens - from_buffer :])
+
+    def discard(self) -> None:
+        """Forget what was staged and will not be committed."""
+        self.body.discard()
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    def exact(self) -> Tensor | None:
+        """Return all states as a view if nothing is quantised, else None."""
+        return None if self.sink is not None else self.recent.view()
+
+    def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time.
+
+        A span lies in one page, or in the sink, or in the window, so that `tile` reads it without joining.
+        """
+        start = 0
+        for length in (self.sink_tokens, *(page.length for page in self.body.pages), len(self.recent)):
+            for low in range(0, length, tile_tokens):
+                yield start + low, start + min(low + tile_tokens, length)
+            start += length
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Return tokens `start` to `stop` in `compute_dtype`.
+
+        Returns:
+            ``[batch, kv_heads, stop - start, head_dim]``, possibly a view of the store.
+        """
+        sink, recent = self.sink_tokens, self.sink_tokens + len(self.body)
+        parts: list[Tensor] = []
+        if self.sink is not None and start < sink:
+            parts.append(self.sink[:, :, start:stop].to(self.compute_dtype))
+        if start < recent and stop > sink:
+            body = self.body.read(max(start - sink, 0), min(stop, recent) - sink, self.compute_dtype)
+            parts += (states.to(self.device) for states in body)
+        if stop > recent:
+            parts.append(self.recent.view(max(start - recent, 0), stop - recent).to(self.compute_dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return tokens `start` to `stop` (all by default), dequantised, in the dtype of the states given.
+
+        Returns:
+            ``[batch, kv_heads, stop - start, head_dim]``, a tensor of its own.
+        """
+        stop = len(self) if stop is None else stop
+        out = torch.empty(
+            (self.batch, self.kv_heads, max(0, stop - start), self.head_dim), dtype=self.dtype, device=self.device
+        )
+        for low, high in self.spans(self._policy.page_tokens):
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                out[:, :, first - start : last - start] = self.tile(first, last)
+        return out
+
+    # -------------------------------------------------------------------------------------------- other changes
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` tokens. What remains is what was stored: nothing is quantised again."""
+        self.version += 1
+        from_recent = min(tokens, len(self.recent))
+        self.recent.drop_back(from_recent)
+        from_body = min(tokens - from_recent, len(self.body))
+        if from_body:
+            self.body.truncate(len(self.body) - from_body)
+        if self.sink is not None and not len(self.body):
+            # Nothing is quantised any more: the sink goes back to the front of the buffer.
+            kept = self.sink_tokens - (tokens - from_recent - from_body)
+            self.recent.push_front(self.sink[:, :, :kept])
+            self.sink = None
+
+    def select(self, indices: Tensor) -> None:
+        """Keep batch rows `indices` (int64 ``[new_batch]``, repeats allowed), in that order."""
+        self.version += 1
+        if self.sink is not None:
+            self.sink = self.sink.index_select(0, indices)
+        self.body.select(indices)
+        self.recent.select(indices)
+
+    def replaced(self, states: Tensor) -> Store:
+        """Return a store that holds other states, of the same length, exact and quantised in the same places.
+
+        Args:
+            states: ``[batch, kv_heads, len(self), head_dim]``.
+        """
+        body = self.body
+        store = Store(states, body.encoder, self._policy, body.device)
+        if self.sink is not None:
+            store.sink = states[:, :, : self.sink_tokens].clone()
+        end = self.sink_tokens + len(body)
+        store.body = body.replaced(states[:, :, self.sink_tokens : end], self.sink_tokens)
+        store.recent.append(states[:, :, end:])
+        return store
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to `device`."""
+        self.version += 1
+        self.device = device
+        self.sink = None if self.sink is None else self.sink.to(device)
+        self.body.to(device)
+        self.recent.to(device)
+
+    # -------------------------------------------------------------------------------------------- accounting
+
+    def parts(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield ``(part, tensor, valid bytes)`` of every tensor held; parts are those of `memory.PARTS`."""
+        if self.sink is not None:
+            yield "sink", self.sink, self.sink.nbytes
+        yield from self.body.parts()
+        yield "window", self.recent.data, self.recent.view().nbytes
