@@ -1,0 +1,266 @@
+"""`QuantizedStates`: what a quantised layer hands to a model in place of its keys or values.
+
+It has the shape, dtype and device of the states, and a reference to their store instead of the numbers.
+`torch.nn.functional.scaled_dot_product_attention` reads the store directly; every other operation dequantises first
+and is right. So a model needs no change: with transformers' `sdpa` attention decoding is fused, with any other it is
+merely correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_any, tree_map
+
+from kvquant.attention import dispatch
+from kvquant.attention.counters import counters
+from kvquant.engine.store import Store
+from kvquant.errors import ReadOnlyStatesError, StaleStatesError
+
+
+class QuantizedStates(Tensor):
+    """States ``[batch, kv_heads * repeats, tokens, head_dim]`` that stand for a store.
+
+    They are read only, and stand for the store as it was when they were made: once it has changed they refuse to be
+    read, because it keeps no history.
+
+    Attributes:
+        store: the store behind them.
+        stream: ``"key"`` or ``"value"``.
+        repeats: how often each head is repeated (grouped-query attention), without being stored more than once.
+        unfolded: whether the repeats have a dimension of their own, ``[batch, kv_heads, repeats, tokens, head_dim]``,
+            as half-way through transformers' `repeat_kv`.
+    """
+
+    store: Store
+    stream: str
+    repeats: int
+    unfolded: bool
+
+    @staticmethod
+    def __new__(cls, store: Store, stream: str, repeats: int = 1, unfolded: bool = False) -> QuantizedStates:
+        """Make states that stand for `store` as it is now."""
+        heads = (store.kv_heads, repeats) if unfolded else (store.kv_heads * repeats,)
+        states = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # documented for subclasses, not in stubs
+            cls, (store.batch, *heads, len(store), store.head_dim), dtype=store.dtype, device=store.device
+        )
+        states.store, states.stream, states.repeats, states.unfolded = store, stream, repeats, unfolded
+        states._version_made = store.version
+        return cast(QuantizedStates, states)
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        """Everything happens in `__new__`, as torch asks of wrapper subclasses."""
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the store has changed since these states were made."""
+        return bool(self.store.version != self._version_made)
+
+    def dequantize(self) -> Tensor:
+        """Return the numbers as a plain tensor.
+
+        Raises:
+            StaleStatesError: the store has changed since these states were made.
+        """
+        self._check_fresh()
+        counters.materialised += 1
+        return self._repeated(self.store.read())
+
+    def _repeated(self, states: Tensor) -> Tensor:
+        if self.unfolded:
+            return states.unsqueeze(2).expand(-1, -1, self.repeats, -1, -1)
+        return states if self.repeats == 1 else states.repeat_interleave(self.repeats, dim=1)
+
+    def _check_fresh(self) -> None:
+        if self.is_stale:
+            raise StaleStatesError(self.stream)
+
+    def _read_tokens(self, index: tuple[Any, ...]) -> Tensor:
+        """Return ``self[index]``, where ``index[2]`` is a slice of tokens, reading those tokens only."""
+        self._check_fresh()
+        start, stop, _ = index[2].indices(self.shape[2])
+        part = self._repeated(self.store.read(start, max(start, stop)))
+        return part[(*index[:2], slice(None), *index[3:])]
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # noqa: ARG002  # torch's signature
+        if self.is_stale:
+            state = "out of date"
+        else:
+            encoder = self.store.body.encoder
+            state = (
+                f"{len(self.store.body)} of {len(self.store)} tokens in {encoder.scheme.nbits} bits by "
+                f"{encoder.backend}; .dequantize() gives the numbers"
+            )
+        return f"QuantizedStates({self.stream}, shape={list(self.shape)}, dtype={self.dtype}, {state})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().__reduce_ex__(protocol)  # a pickle holds numbers, not a cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dequantize()
+
+    # -------------------------------------------------------------------------------------------- torch's hooks
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func in _LAZY:
+            lazy = _LAZY[func](*args, **kwargs)
+            if lazy is not None:
+                return lazy
+        _refuse_writes(func, args, kwargs)
+        return func(*_dense(args), **_dense(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Serve code that calls operators below the Python interface."""
+        return func(*_dense(args), **_dense(kwargs or {}))
+
+
+def _dense(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, QuantizedStates) else leaf, tree)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Do what `torch.nn.functional.scaled_dot_product_attention` does."""
+    if isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates) and type(query) is Tensor:
+        key._check_fresh()
+        value._check_fresh()
+        if dispatch.can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
+            return dispatch.attend(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    return functional.scaled_dot_product_attention(
+        _dense(query), _dense(key), _dense(value), _dense(attn_mask), dropout_p, is_causal, scale, enable_gqa
+    )
+
+
+def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise where an operation would write into quantised states: the result would be lost."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    target = args[0] if in_place and args else kwargs.get("out")
+    if tree_any(lambda leaf: isinstance(leaf, QuantizedStates), target):
+        raise ReadOnlyStatesError(name)
+
+
+# ------------------------------------------------------------------------------------------------ lazy operations
+# What transformers does to keys and values on their way to attention, without reading them. Each returns None where
+# the arguments mean something else, which is then done on the numbers.
+
+
+def _index(states: Any, index: Any) -> Tensor | None:
+    if not isinstance(states, QuantizedStates) or states.unfolded:
+        return None
+    full = slice(None)
+    if isinstance(index, tuple) and index == (full, full, None, full, full) and states.repeats == 1:
+        return _again(states, repeats=1, unfolded=True)
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(not (item is Ellipsis or isinstance(item, (slice, int))) for item in items):
+        return None
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [full] * (4 - len(items) + 1)
+    if len(items) < 3 or not isinstance(items[2], slice) or items[2].step not in (None, 1):
+        return None
+    return states._read_tokens(tuple(items))
+
+
+def _expand(states: Any, *sizes: Any) -> Tensor | None:
+    shape = _sizes(sizes)
+    if not isinstance(states, QuantizedStates) or not states.unfolded or states.repeats != 1 or len(shape) != 5:
+        return None
+    fits = all(size in (-1, have) for at, (size, have) in enumerate(zip(shape, states.shape, strict=True)) if at != 2)
+    return _again(states, repeats=shape[2], unfolded=True) if fits and shape[2] > 0 else None
+
+
+def _reshape(states: Any, *sizes: Any, shape: Any = None) -> Tensor | None:
+    wanted = _sizes(sizes) if shape is None else tuple(shape)
+    if not isinstance(states, QuantizedStates) or not states.unfolded:
+        return None
+    batch, heads, repeats, tokens, head_dim = states.shape
+    if wanted != (batch, heads * repeats, tokens, head_dim):
+        return None
+    return _again(states, repeats=repeats, unfolded=False)
+
+
+def _repeat_interleave(states: Any, repeats: Any, dim: Any = None, **others: Any) -> Tensor | None:
+    if not isinstance(states, QuantizedStates) or states.unfolded or states.repeats != 1 or others:
+        return None
+    return _again(states, repeats=repeats, unfolded=False) if isinstance(repeats, int) and dim in (1, -3) else None
+
+
+def _same(states: Any, **others: Any) -> Tensor | None:
+    return states if isinstance(states, QuantizedStates) and not others else None
+
+
+def _to(states: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    if not isinstance(states, QuantizedStates) or kwargs.get("copy") or any(isinstance(arg, Tensor) for arg in args):
+        return None
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    if device is not None and device.index is None and device.type == states.device.type:
+        device = None
+    unchanged = device in (None, states.device) and dtype in (None, states.dtype) and memory_format is None
+    return states if unchanged else None
+
+
+def _again(states: QuantizedStates, repeats: int, unfolded: bool) -> Tensor:
+    states._check_fresh()
+    return QuantizedStates(states.store, states.stream, repeats, unfolded)
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+_LAZY: dict[Any, Callable[..., Tensor | None]] = {
+    Tensor.__getitem__: _index,
+    Tensor.expand: _expand,
+    Tensor.reshape: _reshape,
+    torch.reshape: _reshape,
+    Tensor.repeat_interleave: _repeat_interleave,
+    torch.repeat_interleave: _repeat_interleave,
+    Tensor.contiguous: _same,
+    Tensor.detach: _same,
+    Tensor.to: _to,
+}
+
+#: Names of operations that write without saying so by a trailing underscore.
+_IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
+_IN_PLACE += ("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__")
+
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_mps is_xpu is_meta "
+        "is_sparse is_quantized is_nested itemsize"
+    ).split()
+} | {
+    getattr(Tensor, name)
+    for name in (
+        "size dim ndimension numel nelement element_size is_floating_point is_complex get_device stride "
+        "is_contiguous is_inference __len__ __hash__"
+    ).split()
+} | {torch.is_floating_point, torch.is_complex, torch.numel}

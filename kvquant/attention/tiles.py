@@ -1,0 +1,86 @@
+"""Attention over a store in bounded tiles, in plain torch: exact to rounding, for every format, on every device.
+
+The softmax runs along: each tile's part is merged into what came before through its maximum and its sum (online
+softmax, Milakov and Gimelshein, arXiv 1805.02867; the same merge as in flash attention).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.store import Store
+
+#: Numbers that a tile's keys and values, or its scores, may have: 4 MiB in float32.
+TILE_ELEMENTS = 1 << 20
+_FEWEST_TOKENS = 32
+
+
+def attend(
+    query: Tensor, keys: Store, values: Store, mask: Tensor | None, *, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Return ``softmax(query @ keys^T * scale + mask) @ values`` without ever holding keys or values whole.
+
+    Args:
+        query: ``[batch, query_heads, query_tokens, head_dim]``; query head ``h`` reads key/value head
+            ``h // (query_heads / kv_heads)``.
+        keys, values: stores of the same length; their head dims may differ.
+        mask: broadcastable to ``[batch, query_heads, query_tokens, tokens]``; bool (True: attend) or additive.
+        is_causal: query token ``i`` sees tokens 0 to ``i``, as `torch.nn.functional.scaled_dot_product_attention`
+            means it.
+        scale: factor on the scores; None takes ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, query_heads, query_tokens, value_head_dim]`` in the dtype of `query`. A query that may see nothing
+        gets zeros, as in torch.
+    """
+    batch, query_heads, query_tokens, head_dim = query.shape
+    groups = query_heads // keys.kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    folded = (query.to(keys.compute_dtype) * scale).reshape(batch, keys.kv_heads, groups * query_tokens, head_dim)
+    shape = (batch, keys.kv_heads, groups, query_tokens)
+    stats = torch.promote_types(keys.compute_dtype, torch.float32)
+
+    highest = torch.full((*shape, 1), -torch.inf, dtype=stats, device=query.device)
+    total = torch.zeros_like(highest)
+    mixed = torch.zeros((*shape, values.head_dim), dtype=stats, device=query.device)
+    for start, stop in keys.spans(tile_tokens(keys, values, query_heads * query_tokens)):
+        scores = (folded @ keys.tile(start, stop).transpose(-1, -2)).to(stats).reshape(*shape, stop - start)
+        if mask is not None:
+            scores = _masked(scores, mask, start, stop)
+        if is_causal:
+            seen = torch.arange(query_tokens, device=query.device)[:, None]
+            scores = scores.masked_fill(torch.arange(start, stop, device=query.device) > seen, -torch.inf)
+        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        # While nothing may be seen the maximum is -inf, and -inf - -inf would be NaN.
+        reference = raised.masked_fill(raised == -torch.inf, 0.0)
+        weights = (scores - reference).exp_()
+        kept = (highest - reference).exp_()
+        part = weights.flatten(2, 3).to(values.compute_dtype) @ values.tile(start, stop)
+        total = total * kept + weights.sum(-1, keepdim=True)
+        mixed = mixed * kept + part.to(stats).reshape(mixed.shape)
+        highest = raised
+    out = mixed / total.masked_fill(total == 0, 1.0)
+    return out.reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)
+
+
+def tile_tokens(keys: Store, values: Store, queries: int) -> int:
+    """Return how many tokens a tile may have.
+
+    Args:
+        keys, values: the stores.
+        queries: query heads times query tokens, of one batch row.
+    """
+    states = keys.kv_heads * max(keys.head_dim, values.head_dim)
+    fitting = TILE_ELEMENTS // max(1, keys.batch * max(states, queries))
+    return max(_FEWEST_TOKENS, fitting // _FEWEST_TOKENS * _FEWEST_TOKENS)
+
+
+def _masked(scores: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
+    """Apply the part of `mask` for tokens `start` to `stop` to scores ``[batch, kv_heads, groups, queries, tokens]``."""
+    part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
+    part = part[(None,) * (4 - part.dim())]
+    part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, scores.shape[1:3])
+    if part.dtype == torch.bool:
+        return scores.masked_fill(~part, -torch.inf)
+    return scores + part.to(scores.dtype)

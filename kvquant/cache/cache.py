@@ -1,0 +1,181 @@
+"""`QuantizedCache`: what users make and pass to `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention
+from kvquant.cache.layer import QuantizedLayer
+from kvquant.engine.config import CacheConfig
+from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
+from kvquant.engine.options import parse_layers
+from kvquant.engine.settings import layer_settings
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no types for it
+    """A key/value cache whose older tokens are kept in 1 to 8 bits.
+
+        cache = QuantizedCache(backend="reference", nbits=4)
+        model.generate(**inputs, past_key_values=cache)
+
+    Attributes:
+        config: all options, as a `CacheConfig`.
+        layers: one layer for each of the model's; those that are not full attention are transformers' own.
+    """
+
+    def __init__(self, backend: str = "reference", config: PreTrainedConfig | None = None, **options: Any) -> None:
+        """Make an empty cache.
+
+        Args:
+            backend: name of an installed backend; ``kvquant list-backends`` shows them.
+            config: the model's config (``model.config``). With it the layers are made to fit the model, and whatever
+                cannot work is refused now; without it every layer is taken for full attention, and what depends on
+                the model is refused on the first update.
+            **options: the options of `CacheConfig`.
+
+        Raises:
+            UnknownBackendError, UnknownOptionError, OptionValueError, UnsupportedError: see each; the message says what
+                would work.
+        """
+        self._setup(CacheConfig.from_dict({"backend": backend, **options}), config)
+
+    @classmethod
+    def from_config(
+        cls, config: CacheConfig | Mapping[str, Any] | str | Path, model_config: PreTrainedConfig | None = None
+    ) -> QuantizedCache:
+        """Make a cache from a `CacheConfig`, a mapping of its options, or a JSON or YAML file.
+
+        Args:
+            config: the options.
+            model_config: the model's config, see `QuantizedCache`.
+        """
+        if isinstance(config, (str, Path)):
+            config = CacheConfig.from_file(config)
+        elif not isinstance(config, CacheConfig):
+            config = CacheConfig.from_dict(config)
+        cache = cls.__new__(cls)
+        cache._setup(config, model_config)
+        return cache
+
+    @classmethod
+    def from_preset(cls, preset: str, config: PreTrainedConfig | None = None, **options: Any) -> QuantizedCache:
+        """Make a cache from a named preset, such as ``"kivi-2"``.
+
+        Args:
+            preset: one of `kvquant.engine.config.PRESETS`.
+            config: the model's config, see `QuantizedCache`.
+            **options: options that override the preset's.
+
+        Raises:
+            UnknownOptionError: there is no such preset.
+        """
+        return cls.from_config(CacheConfig.from_preset(preset, **options), config)
+
+    def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
+        self.config = config
+        templates = dynamic_layers(model_config)
+        if not templates:
+            layer_settings(config)  # refuse now what can be told to be impossible for every layer
+            for index in {index for key in config.layers for index in parse_layers(key)}:
+                layer_settings(config, index)
+            config.skips(0)
+            super().__init__(layer_class_to_replicate=self._next_layer)
+            return
+        config.check_layer_count(len(templates))
+        channels = head_dim(model_config)
+        layers = []
+        for index, template in enumerate(templates):
+            if is_full_attention(template) and not config.skips(index, len(templates)):
+                layer = QuantizedLayer(config, index)
+                for settings in (layer.settings.key, layer.settings.value):
+                    settings.scheme(channels)
+                layers.append(layer)
+            else:
+                layers.append(template)
+        super().__init__(layers=layers)
+
+    def _next_layer(self) -> QuantizedLayer | DynamicLayer:
+        index = len(self.layers)
+        return DynamicLayer() if self.config.skips(index) else QuantizedLayer(self.config, index)
+
+    # -------------------------------------------------------------------------------------------- changes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens from every layer, or from none.
+
+        Args:
+            tokens_to_remove: their number, negative as transformers has it.
+
+        Raises:
+            CropError: a positive number, or more tokens than there are.
+        """
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def align_layers(self) -> int:
+        """Bring all layers to the length of the shortest, after a forward pass that failed half-way.
+
+        Layers before the one that failed already hold the tokens of that pass; this removes them, so that generation
+        can go on from where it was.
+
+        Returns:
+            How many tokens were removed from the longest layer.
+        """
+        attention = [layer for layer in self.layers if getattr(layer, "is_croppable", False) and not layer.is_sliding]
+        lengths = [layer.get_seq_length() for layer in attention]
+        if len(self.layers) and not lengths:
+            return 0
+        shortest = min(lengths, default=0)
+        for layer, length in zip(attention, lengths, strict=True):
+            if length > shortest:
+                layer.crop(shortest - length)
+        return max(lengths, default=0) - shortest
+
+    # -------------------------------------------------------------------------------------------- figures
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the cache holds, spare capacity included."""
+        return self.memory_report().nbytes
+
+    @property
+    def bits_per_element(self) -> float | None:
+        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while nothing is quantised."""
+        return self.memory_report().bits_per_element
+
+    def memory_report(self) -> MemoryReport:
+        """Return the cache's memory by layer and part."""
+        return MemoryReport(tuple(_memory(index, layer) for index, layer in enumerate(self.layers)))
+
+    def __repr__(self) -> str:
+        options = ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.config.to_dict().items()
+            if name in ("backend", "nbits") or value != CacheConfig().to_dict()[name]
+        )
+        report = self.memory_report()
+        if not report.layers or not report.nbytes:
+            return f"QuantizedCache({options}; empty)"
+        tokens = max(layer.tokens for layer in report.layers)
+        quantized = max(layer.quantized_tokens for layer in report.layers)
+        bits = "" if report.bits_per_element is None else f" at {report.bits_per_element:.2f} bits per element"
+        return (
+            f"QuantizedCache({options}; {len(self.layers)} layers, {tokens} tokens, {quantized} quantised{bits}, "
+            f"{format_bytes(report.nbytes)})"
+        )
+
+
+def _memory(index: int, layer: Any) -> LayerMemory:
+    if isinstance(layer, QuantizedLayer):
+        return layer.memory()
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    tokens = layer.get_seq_length() if held and hasattr(layer, "get_seq_length") else 0
+    return layer_memory(index, int(tokens), (0, 0), [("full precision", tensor, tensor.nbytes) for tensor in held])

@@ -1,0 +1,36 @@
+"""What kvquant asks of transformers beyond its documented cache classes: the one file to look at when they move."""
+
+from __future__ import annotations
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+#: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
+_LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
+
+
+def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:
+    """Return the layers that transformers' own dynamic cache has for a model; empty when there is no config.
+
+    Asking the cache itself follows every model and every version, where reading the config would have to know them.
+    """
+    return [] if config is None else list(DynamicCache(config=config).layers)
+
+
+def is_full_attention(layer: object) -> bool:
+    """Whether a layer of the dynamic cache is plain full attention, which is what kvquant quantises."""
+    return type(layer) is DynamicLayer
+
+
+def head_dim(config: PreTrainedConfig | None) -> int | None:
+    """Return the channels of a head of the cached states, or None where the config does not tell."""
+    if config is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    if any(getattr(text, name, None) is not None for name in _LATENT_ATTENTION):
+        return None
+    stated = getattr(text, "head_dim", None)
+    if stated is not None:
+        return int(stated)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    return int(hidden) // int(heads) if hidden and heads else None

@@ -1,0 +1,380 @@
+"""One layer of the cache: two stores behind the interface that transformers expects of a layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvquant.attention.states import QuantizedStates
+from kvquant.engine.config import CacheConfig
+from kvquant.engine.encode import Encoder
+from kvquant.engine.memory import LayerMemory, layer_memory
+from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
+from kvquant.engine.store import Store
+from kvquant.errors import CropError, NonFiniteStatesError, PendingAssignmentError, StatesError
+
+_STREAMS = ("key", "value")
+
+
+@contextlib.contextmanager
+def _own_tensors() -> Iterator[None]:
+    """Make tensors that outlive the caller's mode: a cache filled in inference mode can go on outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types for it
+    """A layer whose older tokens are quantised.
+
+    Attributes:
+        settings: what the layer does.
+        keys, values: the states as plain tensors ``[batch, kv_heads, tokens, head_dim]``, dequantised, or None before
+            the first update. Assigning stores anew; assigning another number of tokens takes effect once both have
+            been assigned.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, config: CacheConfig, index: int, settings: LayerSettings | None = None) -> None:
+        """Make an empty layer.
+
+        Args:
+            config: the cache's options.
+            index: the layer's number, for its options and for messages.
+            settings: what `layer_settings` gives for it, if that is known already.
+        """
+        self.index = index
+        self.settings = settings or layer_settings(config, index)
+        self._config = config
+        self._stores: dict[str, Store] = {}
+        self._assigned: dict[str, Tensor] = {}
+
+    # -------------------------------------------------------------------------------------------- state
+
+    @property
+    def where(self) -> str:
+        """The layer's name in messages."""
+        return f"layer {self.index}"
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has seen states."""
+        return bool(self._stores)
+
+    @property
+    def stores(self) -> tuple[Store, Store]:
+        """The stores of keys and values; there are none before the first update."""
+        return self._stores["key"], self._stores["value"]
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows. There is no such attribute before the first update, which is what transformers looks for."""
+        if not self._stores:
+            raise AttributeError("batch_size is known after the first update")
+        return self._stores["key"].batch
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the states, None before the first update."""
+        return self._stores["key"].dtype if self._stores else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the states, None before the first update."""
+        return self._stores["key"].device if self._stores else None
+
+    def __len__(self) -> int:
+        return len(self._stores["key"]) if self._stores else 0
+
+    def __bool__(self) -> bool:
+        return True  # an empty layer is a layer
+
+    def __repr__(self) -> str:
+        key, value = self.settings.key, self.settings.value
+        quantized = len(self._stores["key"].body) if self._stores else 0
+        return (
+            f"QuantizedLayer({self.index}, {key.backend.name}, keys {key.nbits} bits per {key.axis}, "
+            f"values {value.nbits} bits per {value.axis}, {quantized} of {len(self)} tokens quantised)"
+        )
+
+    # -------------------------------------------------------------------------------------------- updating
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty stores for states like these ``[batch, kv_heads, any, head_dim]``."""
+        with _own_tensors():
+            self._stores = self._new_stores(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states and return what attention should use.
+
+        Args:
+            key_states: ``[batch, kv_heads, tokens, key_head_dim]``.
+            value_states: ``[batch, kv_heads, tokens, value_head_dim]``.
+
+        Returns:
+            Keys and values of all tokens: the states themselves on the first update, plain tensors while nothing is
+            quantised (views of the cache, good until its next change), `QuantizedStates` from then on.
+
+        Raises:
+            StatesError: the states do not fit the layer, or are not finite. Nothing was stored.
+            QuantizationError, BackendContractError: the backend failed. Nothing was stored.
+            PendingAssignmentError: keys were assigned and values that fit them were not.
+        """
+        self._check_assigned()
+        self._check_states(key_states, value_states)
+        first = len(self) == 0
+        with _own_tensors():
+            stores = self._stores or self._new_stores(key_states, value_states)
+            self._append(stores, key_states, value_states)
+            self._stores = stores
+        if first:
+            return key_states, value_states
+        keys, values = self._stores["key"], self._stores["value"]
+        exact_keys, exact_values = keys.exact(), values.exact()
+        if exact_keys is not None and exact_values is not None:
+            return exact_keys, exact_values
+        return QuantizedStates(keys, "key"), QuantizedStates(values, "value")
+
+    def _append(self, stores: dict[str, Store], key_states: Tensor, value_states: Tensor) -> None:
+        keys, values = stores["key"], stores["value"]
+        leaving = keys.leaving(key_states.shape[2])
+        try:
+            staged_keys = keys.stage(key_states, leaving)
+            staged_values = values.stage(value_states, leaving)
+        except BaseException:
+            keys.discard()
+            values.discard()
+            raise
+        keys.commit(key_states, staged_keys)
+        values.commit(value_states, staged_values)
+
+    def _new_stores(self, key_states: Tensor, value_states: Tensor) -> dict[str, Store]:
+        dtype = compute_dtype(self._config, key_states.dtype)
+        type_name, device = str(dtype).removeprefix("torch."), key_states.device.type
+        streams = {"key": (self.settings.key, key_states), "value": (self.settings.value, value_states)}
+        schemes = {
+            stream: settings.scheme(states.shape[3], device, type_name)
+            for stream, (settings, states) in streams.items()
+        }
+        policy = self.settings.policy(schemes["key"], schemes["value"])
+
+        def encoder(stream: str, settings: StreamSettings) -> Encoder:
+            return Encoder(
+                backend=settings.backend.name,
+                quantizer=settings.backend.create(schemes[stream]),
+                scheme=schemes[stream],
+                stream=stream,
+                where=self.where,
+                block=policy.block,
+                dtype=dtype,
+                formats=settings.backend.capabilities.formats,
+            )
+
+        body_device = None if self._config.device is None else torch.device(self._config.device)
+        return {
+            stream: Store(states, encoder(stream, settings), policy, body_device)
+            for stream, (settings, states) in streams.items()
+        }
+
+    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
+        for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
+            if states.dim() != 4:
+                raise StatesError(
+                    f"{stream} states need 4 dimensions [batch, kv_heads, tokens, head_dim], got {list(states.shape)}",
+                    self.where,
+                )
+            if not states.is_floating_point():
+                raise StatesError(f"{stream} states need a floating type, got {states.dtype}", self.where)
+        shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
+        if key_states.shape[:3] != value_states.shape[:3]:
+            raise StatesError(f"key and value states must agree in batch, heads and tokens, got {shapes}", self.where)
+        if key_states.dtype != value_states.dtype or key_states.device != value_states.device:
+            raise StatesError(
+                f"key and value states must agree in dtype and device, got {key_states.dtype} on {key_states.device} "
+                f"and {value_states.dtype} on {value_states.device}",
+                self.where,
+            )
+        for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
+            if self._stores:
+                self._check_same(stream, states, self._stores[stream])
+            if self._config.check_finite:
+                self._check_finite(stream, states)
+
+    def _check_same(self, stream: str, states: Tensor, store: Store) -> None:
+        for what, got, held in (
+            ("batch size", states.shape[0], store.batch),
+            ("number of heads", states.shape[1], store.kv_heads),
+            ("head_dim", states.shape[3], store.head_dim),
+            ("dtype", states.dtype, store.dtype),
+            ("device", states.device, store.device),
+        ):
+            if got != held:
+                raise StatesError(
+                    f"the {what} of the {stream} states changed from {held} to {got}; the cache holds {len(store)} "
+                    "tokens, reset() empties it",
+                    self.where,
+                )
+
+    def _check_finite(self, stream: str, states: Tensor) -> None:
+        # One pass without a temporary; NaN makes both bounds NaN.
+        if states.numel() and not all(bound.isfinite() for bound in torch.aminmax(states.detach())):
+            bad = (~states.isfinite()).any(dim=3).any(dim=1).any(dim=0).nonzero().flatten().tolist()
+            raise NonFiniteStatesError(stream, len(self) + bad[0], len(self) + bad[-1] + 1, self.where)
+
+    # -------------------------------------------------------------------------------------------- reading whole
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Key states of all tokens, dequantised: ``[batch, kv_heads, tokens, head_dim]``, a tensor of its own."""
+        return self._read("key")
+
+    @keys.setter
+    def keys(self, states: Tensor) -> None:
+        self._assign("key", states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Value states of all tokens, dequantised: ``[batch, kv_heads, tokens, head_dim]``, a tensor of its own."""
+        return self._read("value")
+
+    @values.setter
+    def values(self, states: Tensor) -> None:
+        self._assign("value", states)
+
+    def _read(self, stream: str) -> Tensor | None:
+        if stream in self._assigned:
+            return self._assigned[stream]
+        return self._stores[stream].read() if self._stores else None
+
+    def _assign(self, stream: str, states: Tensor) -> None:
+        if not isinstance(states, Tensor) or states.dim() != 4:
+            shown = list(states.shape) if isinstance(states, Tensor) else repr(states)
+            raise StatesError(
+                f"only a tensor [batch, kv_heads, tokens, head_dim] can be assigned as {stream} states, got {shown}",
+                self.where,
+            )
+        if self._config.check_finite:
+            self._check_finite(stream, states)
+        partner = _STREAMS[1 - _STREAMS.index(stream)]
+        held = self._stores.get(stream)
+        with _own_tensors():
+            if partner in self._assigned:
+                self._assign_both(stream, states, partner)
+            elif held is not None and _same_kind(states, held):
+                self._stores[stream] = held.replaced(states)
+                self._assigned.clear()
+            else:
+                self._assigned[stream] = states
+
+    def _assign_both(self, stream: str, states: Tensor, partner: str) -> None:
+        pair = {stream: states, partner: self._assigned[partner]}
+        if pair["key"].shape[:3] != pair["value"].shape[:3]:
+            raise PendingAssignmentError(partner, pair[partner].shape[2], states.shape[2])
+        stores = self._new_stores(pair["key"], pair["value"])
+        self._append(stores, pair["key"], pair["value"])
+        self._stores = stores
+        self._assigned.clear()
+
+    def _check_assigned(self) -> None:
+        for stream, states in self._assigned.items():
+            raise PendingAssignmentError(stream, states.shape[2], len(self))
+
+    # -------------------------------------------------------------------------------------------- other changes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; what remains is what was stored, and nothing is quantised again.
+
+        Args:
+            tokens_to_remove: their number, negative as transformers has it; 0 does nothing.
+
+        Raises:
+            CropError: a positive number, or more tokens than there are.
+        """
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove and self._stores:
+            with _own_tensors():
+                for store in self.stores:
+                    store.crop(-tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise."""
+        self._check_assigned()
+        if tokens_to_remove > 0 or (self._stores and -tokens_to_remove > len(self)):
+            raise CropError(tokens_to_remove, len(self))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put batch rows in the order `beam_idx` (int64 ``[batch]``)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times."""
+        if self._stores:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep batch rows `indices`: numbers in any order, or a mask."""
+        self._check_assigned()
+        if not self._stores:
+            return
+        batch = self.batch_size
+        device = self._stores["key"].device
+        order = torch.arange(batch, device=device)[torch.as_tensor(indices, device=device)]
+        if order.shape[0] == batch and torch.equal(order, torch.arange(batch, device=device)):
+            return  # most steps of a beam search keep the order
+        with _own_tensors():
+            for store in self.stores:
+                store.select(order)
+
+    def reset(self) -> None:
+        """Forget everything; the next states may have another shape."""
+        self._stores, self._assigned = {}, {}
+
+    def offload(self) -> None:
+        """Move the layer to the CPU; `prefetch` brings it back."""
+        if self._stores:
+            self._home = self._stores["key"].device
+            for store in self.stores:
+                store.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Bring an offloaded layer back."""
+        home = getattr(self, "_home", None)
+        if self._stores and home is not None and home != self.device:
+            for store in self.stores:
+                store.to(home)
+
+    # -------------------------------------------------------------------------------------------- sizes
+
+    def get_seq_length(self) -> int:
+        """Return the tokens held."""
+        return len(self)
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length and offset of the keys that `query_length` new tokens will see."""
+        return len(self) + query_length, 0
+
+    def memory(self) -> LayerMemory:
+        """Return what the layer's memory is made of."""
+        stores = self.stores if self._stores else ()
+        parts = [part for store in stores for part in store.parts()]
+        parts += [("full precision", states, states.nbytes) for states in self._assigned.values()]
+        quantized = len(stores[0].body) if stores else 0
+        elements = sum(quantized * store.batch * store.kv_heads * store.head_dim for store in stores)
+        return layer_memory(self.index, len(self), (quantized, elements), parts)
+
+
+def _same_kind(states: Tensor, store: Store) -> bool:
+    """Whether `states` can take the place of what `store` holds, token for token."""
+    held = (store.batch, store.kv_heads, len(store), store.head_dim)
+    return tuple(states.shape) == held and states.dtype == store.dtype and states.device == store.device
