@@ -8,6 +8,10 @@ attributes, so that code need not parse text::
     │   ├── UnknownOptionError              a misspelt option or preset
     │   ├── OptionValueError                a value that can never work
     │   └── UnsupportedError                a value that this backend or model cannot do
+    ├── UnknownBackendError (LookupError)   no backend of that name
+    ├── DuplicateBackendError (LookupError) two distributions have a backend of that name
+    ├── BackendUnavailableError (ImportError)  a backend that cannot be used here
+    ├── PluginError (RuntimeError)          a plugin that does not fit the plugin contract, or fails at import
     ├── StatesError (ValueError)            key and value states that do not fit the cache
     │   └── NonFiniteStatesError            NaN or infinity in them
     ├── CropError (ValueError)              a crop that the cache cannot do
@@ -15,6 +19,7 @@ attributes, so that code need not parse text::
     ├── QuantizationError (RuntimeError)    a plugin raised while quantising or dequantising
     ├── StaleStatesError (RuntimeError)     states read after the cache behind them has changed
     ├── ReadOnlyStatesError (RuntimeError)  states written to
+    ├── ModelLoadError (OSError)            a model that could not be loaded
     └── PendingAssignmentError (RuntimeError)  keys were assigned, and values that fit them were not
 """
 
@@ -30,7 +35,7 @@ class KVQuantError(Exception):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of `known`, or an empty string."""
-    matches = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=3, cutoff=0.6)
+    matches = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=3, cutoff=0.7)
     if not matches:
         return ""
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?"
@@ -91,6 +96,66 @@ class UnsupportedError(ConfigError):
         self.subject, self.reasons, self.where = subject, tuple(reasons), where
         place = f" for {where}" if where else ""
         super().__init__(f"{subject} cannot be used{place}: {'; '.join(self.reasons)}.")
+
+
+# ------------------------------------------------------------------------------------------------ registry
+
+
+class UnknownBackendError(KVQuantError, LookupError):
+    """There is no backend of that name.
+
+    Attributes:
+        name: what was asked for.
+        installed: the names that there are.
+        hint: how to install it, for backends that we know; never made from `name`.
+    """
+
+    def __init__(self, name: str, installed: Sequence[str], hint: str = "") -> None:
+        self.name, self.installed, self.hint = name, tuple(installed), hint
+        install = f" It is not installed: {hint}." if hint else did_you_mean(name, installed)
+        super().__init__(
+            f"unknown backend {name!r}.{install} Installed: {listing(installed)}. Run 'kvquant list-backends'."
+        )
+
+
+class DuplicateBackendError(KVQuantError, LookupError):
+    """A name that more than one distribution claims, or that is taken.
+
+    Attributes:
+        name: the name.
+        distributions: who claims it.
+    """
+
+    def __init__(self, name: str, distributions: Sequence[str]) -> None:
+        self.name, self.distributions = name, tuple(distributions)
+        if len(self.distributions) > 1 and "in-process" not in self.distributions:
+            choices = " or ".join(repr(f"{distribution}:{name}") for distribution in self.distributions)
+            advice = f"Choose with {choices}, or uninstall one"
+        elif len(self.distributions) > 1:
+            advice = f"Register it under another name; {name!r} is installed already"
+        else:
+            advice = "Register it under another name, or with replace=True"
+        super().__init__(f"backend {name!r} is claimed by {' and '.join(self.distributions)}. {advice}.")
+
+
+class BackendUnavailableError(KVQuantError, ImportError):
+    """A backend that is known and cannot be used here.
+
+    Attributes:
+        name: the backend.
+        status: ``"missing"``, ``"incompatible"``, ``"broken"``, ``"blocked"`` or ``"duplicate"``.
+        reason: why.
+        hint: what to do about it; may be empty.
+    """
+
+    def __init__(self, name: str, status: str, reason: str, hint: str = "") -> None:
+        self.status, self.reason, self.hint = status, reason, hint
+        advice = f" To mend it: {hint}." if hint else ""
+        super().__init__(f"backend {name!r} cannot be used ({status}): {reason}.{advice}", name=name)
+
+
+class PluginError(KVQuantError, RuntimeError):
+    """A plugin that does not fit the plugin contract or fails at import. The text says which and why."""
 
 
 # ------------------------------------------------------------------------------------------------ states and cache
@@ -222,4 +287,19 @@ class PendingAssignmentError(KVQuantError, RuntimeError):
         super().__init__(
             f"the {assigned} states of this layer were assigned with {length} tokens, but its {partner} still hold "
             f"{partner_length}. Assign {partner} of {length} tokens first."
+        )
+
+
+class ModelLoadError(KVQuantError, OSError):
+    """A model or its tokenizer could not be loaded; the library's own error is the `__cause__`.
+
+    Attributes:
+        name: the name or path given.
+    """
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        self.name = name
+        first = str(cause).strip().partition("\n")[0]
+        super().__init__(
+            f"cannot load the model {name!r}: {first} Give the folder of a saved model, or the name of one on the hub."
         )

@@ -99,6 +99,9 @@ class QuantizedStates(Tensor):
             )
         return f"QuantizedStates({self.stream}, shape={list(self.shape)}, dtype={self.dtype}, {state})"
 
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantize().__reduce_ex__(protocol)  # a pickle holds numbers, not a cache
 
@@ -153,7 +156,7 @@ def _attention(
         if dispatch.can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
             return dispatch.attend(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return functional.scaled_dot_product_attention(
-        _dense(query), _dense(key), _dense(value), _dense(attn_mask), dropout_p, is_causal, scale, enable_gqa
+        _dense(query), _dense(key), _dense(value), _dense(attn_mask), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 

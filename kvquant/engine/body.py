@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.pages import CanonicalPage, OpaquePage, Page
+from kvquant.engine.window import WindowPolicy
 
 
 @dataclass
@@ -33,11 +34,18 @@ class Body:
     copied to make room, and appending n tokens costs O(n).
     """
 
-    def __init__(self, encoder: Encoder, page_tokens: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        """Make an empty body whose smallest page has `page_tokens` tokens and which lives on `device`."""
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, policy: WindowPolicy, like: Tensor, device: torch.device) -> None:
+        """Make an empty body.
+
+        Args:
+            encoder: what quantises its tokens.
+            policy: gives the position of its first token and the size of its smallest page.
+            like: ``[batch, kv_heads, any, head_dim]``, gives heads and channels.
+            device: where it lives.
+        """
+        self.encoder, self.device = encoder, device
         self.pages: list[Page] = []
-        self._page_tokens, self._kv_heads, self._head_dim, self.device = page_tokens, kv_heads, head_dim, device
+        self._policy, self._kv_heads, self._head_dim = policy, like.shape[1], like.shape[3]
 
     def __len__(self) -> int:
         return sum(page.length for page in self.pages)
@@ -89,17 +97,12 @@ class Body:
                 del self.pages[index + (page.length > 0) :]
                 break
             before += page.length
-        if self.pages and self.pages[-1].capacity - self.pages[-1].length > max(self._page_tokens, tokens // 8):
+        if self.pages and self.pages[-1].capacity - self.pages[-1].length > max(self._policy.page_tokens, tokens // 8):
             self.pages[-1].trim()
 
-    def replaced(self, states: Tensor, first_token: int) -> Body:
-        """Return a body that holds other states in pages of the same lengths.
-
-        Args:
-            states: ``[batch, kv_heads, len(self), head_dim]``.
-            first_token: position of the first of them in the sequence.
-        """
-        body = Body(self.encoder, self._page_tokens, self._kv_heads, self._head_dim, self.device)
+    def replaced(self, states: Tensor) -> Body:
+        """Return a body that holds other states, ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
+        body = Body(self.encoder, self._policy, states, self.device)
         start = 0
         for page in self.pages:
             # A page that a crop left ending inside a group is filled up with its own last token, which moves no
@@ -107,8 +110,8 @@ class Body:
             tokens = states[:, :, start : start + page.length]
             missing = -page.length % self.encoder.block
             filled = torch.cat([tokens, tokens[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
-            fresh = Body(self.encoder, self._page_tokens, self._kv_heads, self._head_dim, self.device)
-            fresh.commit(fresh.stage(self.encoder.encode(filled, first_token + start), filled.shape[2]))
+            fresh = Body(self.encoder, self._policy, states, self.device)
+            fresh.commit(fresh.stage(self.encoder.encode(filled, self._policy.sink_length + start), filled.shape[2]))
             fresh.truncate(page.length)
             body.pages += fresh.pages
             start += page.length
@@ -141,7 +144,8 @@ class Body:
 
     def _new_page(self, piece: Piece, stored: int, left: int) -> Page:
         if not isinstance(piece, Encoded):
-            return OpaquePage(self.encoder, stored, self._kv_heads, self._head_dim, self.device)
+            first_token = self._policy.sink_length + stored
+            return OpaquePage(self.encoder, first_token, self._kv_heads, self._head_dim, self.device)
         block = self.encoder.block
-        wanted = max(left, self._page_tokens, stored // 8)
+        wanted = max(left, self._policy.page_tokens, stored // 8)
         return CanonicalPage(self.encoder, piece, wanted // block * block, self._head_dim, self.device)

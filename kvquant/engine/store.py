@@ -36,7 +36,7 @@ class Store:
         self.compute_dtype = encoder.dtype
         self.version = 0
         self.sink: Tensor | None = None
-        self.body = Body(encoder, policy.page_tokens, like.shape[1], like.shape[3], body_device or like.device)
+        self.body = Body(encoder, policy, like, body_device or like.device)
         self.recent = TokenBuffer(like, policy.block)
 
     # -------------------------------------------------------------------------------------------- shape
@@ -211,7 +211,7 @@ class Store:
         if self.sink is not None:
             store.sink = states[:, :, : self.sink_tokens].clone()
         end = self.sink_tokens + len(body)
-        store.body = body.replaced(states[:, :, self.sink_tokens : end], self.sink_tokens)
+        store.body = body.replaced(states[:, :, self.sink_tokens : end])
         store.recent.append(states[:, :, end:])
         return store
 

@@ -1,0 +1,61 @@
+"""The command ``kvquant``: finds commands by name and imports none before it runs, so that every answer is quick.
+
+Exit codes: 0 fine, 1 the thing asked for failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from kvquant._version import __version__
+from kvquant.errors import ConfigError, KVQuantError
+
+#: Command -> its module, its object there, and its line in the list of commands.
+COMMANDS = {
+    "list-backends": ("kvquant.cli.list_backends", "list_backends", "List the backends that are installed."),
+    "info": ("kvquant.cli.info", "info", "Show everything about one backend."),
+    "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
+    "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they run, not when they are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's signature
+        """Import and return a command, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvquant")
+def cli() -> None:
+    """Keep a language model's key/value cache in 1 to 8 bits."""
+
+
+def main() -> None:
+    """Run the command line: errors that kvquant raises on purpose become one message and an exit code."""
+    try:
+        cli()
+    except KVQuantError as error:
+        if os.environ.get("KVQUANT_DEBUG"):
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

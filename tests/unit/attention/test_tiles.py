@@ -1,0 +1,136 @@
+"""Invariant 6 for plain torch: attention over the stores equals attention over what they read as.
+
+The reference is computed in float64 from the dequantised states. Tolerances follow from the arithmetic: a score is a
+sum of head_dim float32 products and an output a sum over tokens, so a few hundred float32 roundings at most.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvquant.attention import tiles
+from kvquant.attention.counters import counters
+from kvquant.cache.layer import QuantizedLayer
+from kvquant.engine.config import CacheConfig
+from tests.support import FORMATS
+
+pytestmark = pytest.mark.usefixtures("formats")
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def filled(tokens, *, batch=1, heads=2, widths=(16, 16), dtype=torch.float32, **options):
+    """A layer that holds `tokens` random tokens in body and window, and what its last update returned."""
+    options = {"backend": "test-affine", "group_size": 8, "residual_length": 8, **options}
+    layer = QuantizedLayer(CacheConfig(**options), 0)
+    shapes = [(batch, heads, tokens, width) for width in widths]
+    layer.update(*(torch.randn(shape).to(dtype)[:, :, :-1] for shape in shapes))
+    return layer, layer.update(*(torch.randn(shape).to(dtype)[:, :, -1:] for shape in shapes))
+
+
+def reference(query, keys, values, mask, is_causal, scale):
+    """SDPA in float64 over plain tensors, heads repeated."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (states.double().repeat_interleave(groups, dim=1) for states in (keys, values))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    return scaled_dot_product_attention(query.double(), keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
+
+
+MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
+
+
+@given(
+    kind=st.sampled_from(list(FORMATS)),
+    axes=st.tuples(*[st.sampled_from(["channel", "token"])] * 2),
+    bits=st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2),
+    groups=st.sampled_from([1, 2, 4]),
+    widths=st.sampled_from([(16, 16), (8, 24), (80, 32)]),
+    batch=st.integers(1, 3),
+    queries=st.sampled_from([1, 2, 7]),
+    tokens=st.integers(60, 300),
+    masking=st.sampled_from(MASKS),
+    scale=st.sampled_from([None, 0.3]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    sink=st.sampled_from([0, 3]),
+    small=st.booleans(),
+)
+def test_fused_equals_dequantised(
+    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small
+):
+    """For every format, axis, width, grouped-query ratio, mask, scale and dtype, in small tiles and in one."""
+    layer, (keys, values) = filled(
+        tokens, batch=batch, widths=widths, dtype=dtype, backend=f"test-{kind}", axis_key=axes[0], axis_value=axes[1],
+        nbits_key=bits[0], nbits_value=bits[1], sink_length=sink,
+    )
+    heads = 2 * groups
+    query = torch.randn(batch, heads, queries, widths[0]).to(dtype)
+    mask = {
+        "bool": torch.rand(batch, 1, queries, tokens) > 0.4,
+        "additive": torch.randn(batch, 1, queries, tokens).to(dtype),
+        "per head": torch.rand(1, heads, queries, tokens) > 0.4,
+        "row": torch.rand(queries, tokens) > 0.4,
+        "padding": torch.rand(batch, 1, 1, tokens) > 0.4,
+    }.get(masking)
+    causal = masking == "causal"
+    counters.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(tiles, "TILE_ELEMENTS", 1)
+        fused = scaled_dot_product_attention(query, keys, values, mask, 0.0, causal, scale=scale, enable_gqa=groups > 1)
+    assert (counters.fused, counters.materialised) == (1, 0)
+    expected = reference(query, layer.keys, layer.values, mask, causal, scale)
+    assert fused.dtype == dtype
+    assert fused.shape == expected.shape
+    seen = mask is None or mask.dtype != torch.bool or mask.any(-1).all()
+    if seen:
+        assert torch.isfinite(fused).all()
+    torch.testing.assert_close(fused.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_query_that_may_see_nothing_gets_zeros():
+    """As in torch, and without a NaN on the way."""
+    layer, (keys, values) = filled(100)
+    query, mask = torch.randn(1, 2, 2, 16), torch.ones(1, 1, 2, 100, dtype=torch.bool)
+    mask[:, :, 0] = False
+    fused = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    plain = scaled_dot_product_attention(query, layer.keys, layer.values, attn_mask=mask)
+    assert torch.equal(fused[:, :, 0], torch.zeros(1, 2, 16))
+    torch.testing.assert_close(fused, plain)
+
+
+def test_huge_scores_do_not_overflow():
+    """The running maximum keeps every exponential at one or below, also when the largest score comes last."""
+    layer, (keys, values) = filled(200)
+    query = layer.keys[:, :, -1:] * 1e4
+    fused = scaled_dot_product_attention(query, keys, values)
+    assert torch.isfinite(fused).all()
+    torch.testing.assert_close(fused, scaled_dot_product_attention(query, layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("tokens", [500, 4000])
+def test_no_temporary_grows_with_the_context(tokens):
+    """Invariant 7: at eight times the context, the largest tensor made during a decode step is no larger."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            held = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            for made in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in held:
+                    self.nbytes = max(self.nbytes, made.nbytes)
+            return out
+
+    layer, _ = filled(tokens, heads=2, widths=(64, 64), group_size=32, residual_length=64)
+    with pytest.MonkeyPatch.context() as patch, Largest() as largest:
+        patch.setattr(tiles, "TILE_ELEMENTS", 1 << 14)
+        for _ in range(70):  # enough for a block to leave the window
+            keys, values = layer.update(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64))
+            scaled_dot_product_attention(torch.randn(1, 4, 1, 64), keys, values, enable_gqa=True)
+    new_page = max(256, tokens // 8) * 2 * 64 // 2  # what is stored grows; that is no temporary
+    assert largest.nbytes <= max(4 * (1 << 14) * 2, new_page)

@@ -1,0 +1,175 @@
+"""The border to backends: what is refused there, and how much goes through at once."""
+
+import pytest
+import torch
+
+from kvquant.engine.encode import CHUNK_ELEMENTS, Encoded, Encoder
+from kvquant.errors import BackendContractError, QuantizationError
+from kvquant.plugin import Opaque, QuantizedRows, Scheme
+from tests.support import MinMax, OpaqueMinMax, UniformCodebook
+
+
+def encoder(quantizer, scheme=None, *, block=32, formats=("affine",)):
+    scheme = scheme or Scheme(4, "channel", 32)
+    made = quantizer(scheme) if isinstance(quantizer, type) else quantizer
+    return Encoder("mine", made, scheme, "key", "layer 3", block, torch.float32, formats)
+
+
+class Returning:
+    """A quantizer that returns what a function makes of a correct answer."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def quantize(self, rows):
+        return self.change(MinMax(Scheme(4, "channel", 32)).quantize(rows))
+
+
+def changed(**parts):
+    return lambda good: QuantizedRows(**{**vars(good), **{name: make(good) for name, make in parts.items()}})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda good: None, "quantize returned NoneType instead of QuantizedRows"),
+        (changed(codes=lambda g: g.codes[:-1]), "codes has shape [63, 32] instead of [64, 32]"),
+        (changed(codes=lambda g: g.codes.int()), "codes has dtype torch.int32 instead of torch.uint8"),
+        (changed(codes=lambda g: g.codes.tolist()), "codes is list instead of a tensor"),
+        (changed(codes=lambda g: g.codes + 1), "code 16 is out of range for nbits=4; the largest is 15"),
+        (changed(scale=lambda g: g.scale[:, None]), "scale has shape [64, 1] instead of [64]"),
+        (changed(scale=lambda g: g.scale * torch.nan), "scale holds NaN or infinity"),
+        (changed(scale=lambda g: g.scale.int()), "scale has dtype torch.int32 instead of a floating type"),
+        (changed(scale=lambda g: g.scale.double() * 1e300), "scale holds NaN or infinity, or leaves the range of float32"),
+        (changed(offset=lambda g: g.offset * torch.inf), "offset holds NaN or infinity"),
+        (changed(offset=lambda g: g.offset.to("meta")), "offset is on meta instead of cpu"),
+        (changed(offset=lambda g: None), "needs either offset (affine) or table (codebook), and not both"),
+        (changed(table=lambda g: torch.ones(16)), "needs either offset (affine) or table (codebook), and not both"),
+        (
+            changed(offset=lambda g: None, table=lambda g: torch.linspace(-1, 1, 16)),
+            "quantize returned the format 'codebook', declared are affine",
+        ),
+    ],
+)
+def test_a_wrong_answer_is_caught_at_the_border(change, problem):
+    """The message names the plugin and what is wrong."""
+    with pytest.raises(BackendContractError) as caught:
+        list(encoder(Returning(change)).encode(torch.randn(1, 2, 32, 32), 0))
+    assert str(caught.value).startswith("backend 'mine' broke the plugin contract: ")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        (torch.linspace(-1, 1, 8), "table has shape [8] instead of [16]"),
+        (torch.zeros(16), "table holds one value only"),
+    ],
+)
+def test_a_wrong_table_is_caught_at_the_border(table, problem):
+    """A codebook has one entry for each code, and more than one value."""
+    wrong = Returning(lambda good: QuantizedRows(good.codes, good.scale, table=table))
+    with pytest.raises(BackendContractError) as caught:
+        list(encoder(wrong, formats=("codebook",)).encode(torch.randn(1, 1, 32, 32), 0))
+    assert problem in str(caught.value)
+
+
+def test_an_opaque_backend_must_return_opaque():
+    """It said that nothing else would come."""
+    with pytest.raises(BackendContractError, match="quantize returned QuantizedRows where its only format is opaque"):
+        list(encoder(MinMax, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))
+
+
+def test_a_backend_that_raises_is_named_with_layer_and_tokens():
+    """The backend's own error is the cause."""
+
+    class Raising:
+        def quantize(self, rows):
+            raise ArithmeticError("no luck")
+
+    with pytest.raises(QuantizationError) as caught:
+        list(encoder(Raising()).encode(torch.randn(1, 1, 64, 32), 100))
+    assert str(caught.value).startswith(
+        "backend 'mine' failed on layer 3, key states of tokens 100 to 163: ArithmeticError: no luck."
+    )
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    assert (caught.value.start, caught.value.stop) == (100, 164)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 100 * 1024), (64, 256)])
+def test_no_call_gets_more_than_a_chunk(batch, tokens):
+    """A long prefill and a wide batch both go through in bounded pieces, and every number goes through once."""
+    seen = []
+
+    class Watching(MinMax):
+        def quantize(self, rows):
+            seen.append(rows.numel())
+            return super().quantize(rows)
+
+    states = torch.zeros(1).expand(batch, 4, tokens, 64)  # one number in memory, so that the test needs little
+    pieces = list(encoder(Watching, block=64, scheme=Scheme(4, "token", 64)).encode(states, 0))
+    assert max(seen) <= CHUNK_ELEMENTS
+    assert sum(seen) == states.numel()
+    assert sum(piece.tokens for piece in pieces) == tokens
+
+
+def test_a_backend_that_writes_into_its_rows_does_not_reach_the_states():
+    """On the axis and in the dtype where rows could have been a view of them."""
+
+    class Writing(MinMax):
+        def quantize(self, rows):
+            answer = super().quantize(rows)
+            rows.zero_()
+            return answer
+
+    states = torch.randn(1, 1, 32, 32)
+    before = states.clone()
+    list(encoder(Writing, Scheme(4, "token", 32)).encode(states, 0))
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize(
+    ("states", "dtype"),
+    [
+        (torch.randn(1, 1, 32, 32), torch.float16),
+        (torch.randn(1, 1, 32, 32) * 1e6, torch.float32),  # beyond float16
+        (torch.randn(1, 1, 32, 32) * 1e-7, torch.float32),  # below its normal numbers
+        (torch.randn(1, 1, 32, 32) * 1e-3 + 1000, torch.float32),  # an offset that float16 would round by many steps
+        (torch.full((1, 1, 32, 32), 0.5), torch.float16),  # constant, and exact in float16
+        (torch.full((1, 1, 32, 32), 0.1), torch.float32),  # constant, and not exact in float16
+        (torch.zeros(1, 1, 32, 32), torch.float16),
+    ],
+)
+def test_scales_are_kept_in_half_precision_only_where_that_is_harmless(states, dtype):
+    """Range and rounding decide, block by block."""
+    (piece,) = encoder(MinMax).encode(states, 0)
+    assert piece.scale.dtype == piece.offset.dtype == dtype
+
+
+def test_blocks_are_cut_where_the_precision_of_scales_changes():
+    """And the cut does not depend on which blocks came together."""
+    states = torch.randn(1, 1, 96, 32)
+    states[:, :, 32:64] *= 1e6
+    together = list(encoder(MinMax).encode(states, 0))
+    apart = [piece for block in states.split(32, dim=2) for piece in encoder(MinMax).encode(block, 0)]
+    assert [piece.scale.dtype for piece in together] == [torch.float16, torch.float32, torch.float16]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scale, other.scale)
+
+
+def test_a_large_batch_goes_through_in_parts_and_comes_out_whole():
+    """Batch rows are joined again, codes, scales and table alike."""
+    states = torch.randn(1, 1, 1, 64).expand(600, 1, 32, 64) * torch.arange(1, 601)[:, None, None, None]
+    assert states[0].numel() * 600 > CHUNK_ELEMENTS
+    (piece,) = encoder(UniformCodebook, Scheme(4, "token", 64), formats=("codebook",)).encode(states, 0)
+    assert isinstance(piece, Encoded)
+    assert piece.codes.shape == (600, 1, 32, 32)
+    assert torch.allclose(piece.scale[:, 0, 0, 0].float() / piece.scale[0, 0, 0, 0].float(), torch.arange(1.0, 601), rtol=2e-3)
+
+
+def test_opaque_blocks_are_kept_by_batch_row():
+    """One object for each block and batch row, whatever is inside."""
+    pieces = list(encoder(OpaqueMinMax, formats=("opaque",)).encode(torch.randn(3, 2, 64, 32), 0))
+    assert [piece.tokens for piece in pieces] == [32, 32]
+    assert all(len(piece.rows) == 3 and isinstance(piece.rows[0], Opaque) for piece in pieces)

@@ -1,0 +1,90 @@
+"""What a layer does, decided from options, backend and model."""
+
+import pytest
+import torch
+
+from kvquant.engine.config import CacheConfig
+from kvquant.engine.settings import compute_dtype, layer_settings
+from kvquant.errors import UnsupportedError
+from tests.support import MinMax
+
+
+def settings_for(**options):
+    return layer_settings(CacheConfig.from_dict(options), 0)
+
+
+def test_keys_and_values_take_their_own_options():
+    """One-stream options beat general ones."""
+    settings = settings_for(nbits=4, nbits_value=2, group_size=32, group_size_key=16, axis_key="token")
+    key, value = settings.key.scheme(64), settings.value.scheme(64)
+    assert (key.nbits, key.axis, key.group_size) == (4, "token", 16)
+    assert (value.nbits, value.axis, value.group_size) == (2, "token", 32)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group_size"), [(64, 64), (128, 64), (80, 40), (96, 48), (112, 56), (32, 32), (256, 64)]
+)
+def test_the_default_group_fits_the_head(head_dim, group_size):
+    """64, or the largest below it that divides head_dim where a group lies within a token."""
+    settings = settings_for()
+    assert settings.value.scheme(head_dim).group_size == group_size
+    assert settings.key.scheme(head_dim).group_size == 64
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused_with_those_that_do():
+    """The message lists what would work."""
+    settings = settings_for(axis_key="token", group_size=48)
+    with pytest.raises(UnsupportedError) as caught:
+        settings.key.scheme(64)
+    assert str(caught.value) == (
+        "backend 'reference' cannot be used for key states of layer 0: group_size=48 does not divide head_dim=64; "
+        "those that do: 1, 2, 4, 8, 16, 32, 64."
+    )
+
+
+def test_the_default_group_is_one_that_the_backend_has(backend):
+    """A backend with its own group sizes gets one of them."""
+    name = backend(MinMax, group_sizes=(16, 32, 128))
+    settings = settings_for(backend=name)
+    assert settings.key.scheme(64).group_size == 32
+    assert settings.value.scheme(48).group_size == 16
+    with pytest.raises(UnsupportedError, match=r"none of its group sizes \(16, 32, 128\) divides head_dim=20"):
+        settings.value.scheme(20)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "options", "reason"),
+    [
+        ({"nbits": (2, 4)}, {"nbits": 3}, "nbits=3 is not supported; supported: 2, 4"),
+        ({"axes": ("token",)}, {}, "axis='channel' is not supported; supported: token"),
+        ({"group_sizes": (64,)}, {"group_size": 32}, "group_size=32 is not supported; supported: 64"),
+        ({"dtypes": ("float32",)}, {"compute_dtype": "bfloat16"}, "dtype='bfloat16' is not supported; supported: float32"),
+        ({}, {"options": {"speed": 9}}, "option 'speed' is unknown to this backend; known: none"),
+        ({}, {"axis_key": 0}, "axis_key=0 is not an integer axis of it; it has: none"),
+        ({"axis_aliases": {1: "token"}}, {"axis_key": 0}, "axis_key=0 is not an integer axis of it; it has: 1 (token)"),
+    ],
+)
+def test_what_a_backend_lacks_is_refused_with_what_it_has(backend, capabilities, options, reason):
+    """At construction, before there is anything to lose."""
+    name = backend(MinMax, **capabilities)
+    with pytest.raises(UnsupportedError) as caught:
+        settings_for(backend=name, **options)
+    assert reason in str(caught.value)
+    assert f"backend '{name}' cannot be used" in str(caught.value)
+
+
+def test_a_backends_integer_axes_mean_what_it_says(backend):
+    """transformers' integers are translated by the backend's own table."""
+    name = backend(MinMax, axis_aliases={0: "token", -1: "channel"})
+    settings = settings_for(backend=name, axis_key=-1, axis_value=0)
+    assert (settings.key.axis, settings.value.axis) == ("channel", "token")
+
+
+@pytest.mark.parametrize(
+    ("states", "chosen"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_groups_are_computed_in_float32_unless_states_are_finer(states, chosen):
+    """And in what the user asks for, if the user asks."""
+    assert compute_dtype(CacheConfig(), states) == chosen
+    assert compute_dtype(CacheConfig(compute_dtype="bfloat16"), states) == torch.bfloat16
