@@ -36,7 +36,9 @@ def backend() -> Iterator[Callable[..., str]]:
 
     def register(factory: Callable[[Scheme], Any], **capabilities: Any) -> str:
         name = f"test-{next(_numbers)}"
-        declared = Capabilities(**{"nbits": ALL_WIDTHS, "dtypes": ("float32", "float64", "float16", "bfloat16"), **capabilities})
+        declared = Capabilities(
+            **{"nbits": ALL_WIDTHS, "dtypes": ("float32", "float64", "float16", "bfloat16"), **capabilities}
+        )
         kvquant.register(BackendSpec(name, factory, declared))
         names.append(name)
         return name

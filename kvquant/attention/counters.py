@@ -1,4 +1,4 @@
-"""What happened to quantised states, for tests and for people who wonder: a debugging aid, never read by the library."""
+"""What happened to quantised states, for tests and for people who wonder; the library never reads it."""
 
 from __future__ import annotations
 

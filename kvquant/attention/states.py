@@ -9,7 +9,7 @@ merely correct.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,17 +40,18 @@ class QuantizedStates(Tensor):
     stream: str
     repeats: int
     unfolded: bool
+    _version_made: int
 
     @staticmethod
     def __new__(cls, store: Store, stream: str, repeats: int = 1, unfolded: bool = False) -> QuantizedStates:
         """Make states that stand for `store` as it is now."""
         heads = (store.kv_heads, repeats) if unfolded else (store.kv_heads * repeats,)
-        states = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # documented for subclasses, not in stubs
+        states = Tensor._make_wrapper_subclass(
             cls, (store.batch, *heads, len(store), store.head_dim), dtype=store.dtype, device=store.device
         )
         states.store, states.stream, states.repeats, states.unfolded = store, stream, repeats, unfolded
         states._version_made = store.version
-        return cast(QuantizedStates, states)
+        return states
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         """Everything happens in `__new__`, as torch asks of wrapper subclasses."""
@@ -60,7 +61,7 @@ class QuantizedStates(Tensor):
     @property
     def is_stale(self) -> bool:
         """Whether the store has changed since these states were made."""
-        return bool(self.store.version != self._version_made)
+        return self.store.version != self._version_made
 
     def dequantize(self) -> Tensor:
         """Return the numbers as a plain tensor.
@@ -88,7 +89,7 @@ class QuantizedStates(Tensor):
         part = self._repeated(self.store.read(start, max(start, stop)))
         return part[(*index[:2], slice(None), *index[3:])]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # noqa: ARG002  # torch's signature
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's stub names a parameter of no use here
         if self.is_stale:
             state = "out of date"
         else:
@@ -128,7 +129,7 @@ class QuantizedStates(Tensor):
         return func(*_dense(args), **_dense(kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub leaves out func and the defaults
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Serve code that calls operators below the Python interface."""
@@ -156,7 +157,14 @@ def _attention(
         if dispatch.can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
             return dispatch.attend(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return functional.scaled_dot_product_attention(
-        _dense(query), _dense(key), _dense(value), _dense(attn_mask), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        _dense(query),
+        _dense(key),
+        _dense(value),
+        _dense(attn_mask),
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
 
 
@@ -220,13 +228,13 @@ def _same(states: Any, **others: Any) -> Tensor | None:
 
 
 def _to(states: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    if not isinstance(states, QuantizedStates) or kwargs.get("copy") or any(isinstance(arg, Tensor) for arg in args):
+    copies = kwargs.get("copy") or any(argument is True for argument in args)
+    if not isinstance(states, QuantizedStates) or copies or any(isinstance(argument, Tensor) for argument in args):
         return None
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    if device is not None and device.index is None and device.type == states.device.type:
-        device = None
-    unchanged = device in (None, states.device) and dtype in (None, states.dtype) and memory_format is None
-    return states if unchanged else None
+    parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, memory_format = parsed
+    here = device is None or device == states.device or (device.index is None and device.type == states.device.type)
+    return states if here and dtype in (None, states.dtype) and memory_format is None else None
 
 
 def _again(states: QuantizedStates, repeats: int, unfolded: bool) -> Tensor:
@@ -251,19 +259,23 @@ _LAZY: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 #: Names of operations that write without saying so by a trailing underscore.
-_IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
-_IN_PLACE += ("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__")
+_IN_PLACE = (
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
+    "__ilshift__ __irshift__"
+).split()
 
-_METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_mps is_xpu is_meta "
-        "is_sparse is_quantized is_nested itemsize"
-    ).split()
-} | {
-    getattr(Tensor, name)
-    for name in (
-        "size dim ndimension numel nelement element_size is_floating_point is_complex get_device stride "
-        "is_contiguous is_inference __len__ __hash__"
-    ).split()
-} | {torch.is_floating_point, torch.is_complex, torch.numel}
+_ATTRIBUTES = (
+    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_mps is_xpu is_meta is_sparse "
+    "is_quantized is_nested itemsize"
+).split()
+_METHODS = (
+    "size dim ndimension numel nelement element_size is_floating_point is_complex get_device stride is_contiguous "
+    "is_inference __len__ __hash__"
+).split()
+
+#: Questions that the wrapper answers without the numbers.
+_METADATA = (
+    {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
+    | {getattr(Tensor, name) for name in _METHODS}
+    | {torch.is_floating_point, torch.is_complex, torch.numel}
+)

@@ -77,7 +77,7 @@ def tile_tokens(keys: Store, values: Store, queries: int) -> int:
 
 
 def _masked(scores: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
-    """Apply the part of `mask` for tokens `start` to `stop` to scores ``[batch, kv_heads, groups, queries, tokens]``."""
+    """Apply tokens `start` to `stop` of `mask` to scores ``[batch, kv_heads, groups, queries, stop - start]``."""
     part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
     part = part[(None,) * (4 - part.dim())]
     part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, scores.shape[1:3])

@@ -89,7 +89,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             return
         config.check_layer_count(len(templates))
         channels = head_dim(model_config)
-        layers = []
+        layers: list[Any] = []
         for index, template in enumerate(templates):
             if is_full_attention(template) and not config.skips(index, len(templates)):
                 layer = QuantizedLayer(config, index)

@@ -24,7 +24,7 @@ _STREAMS = ("key", "value")
 @contextlib.contextmanager
 def _own_tensors() -> Iterator[None]:
     """Make tensors that outlive the caller's mode: a cache filled in inference mode can go on outside it."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad():
         yield
 
 

@@ -101,7 +101,7 @@ class Body:
             self.pages[-1].trim()
 
     def replaced(self, states: Tensor) -> Body:
-        """Return a body that holds other states, ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
+        """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
         body = Body(self.encoder, self._policy, states, self.device)
         start = 0
         for page in self.pages:

@@ -137,7 +137,7 @@ class CacheConfig:
         """Return YAML text."""
         import yaml
 
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     # -------------------------------------------------------------------------------------------- layers
 

@@ -247,9 +247,8 @@ class Encoder:
         error = (scale.half().float() - scale).abs() * reach
         if piece.offset is not None:
             error += (piece.offset.half().float() - piece.offset).abs()
-        fits = error <= _HALF_PRECISION_SHARE * step
-        blocks = piece.tokens // self.block
-        return fits.unflatten(2, (blocks, -1)).transpose(0, 2).flatten(1).all(dim=1)
+        by_block: Tensor = (error <= _HALF_PRECISION_SHARE * step).unflatten(2, (piece.tokens // self.block, -1))
+        return by_block.transpose(0, 2).flatten(1).all(dim=1)
 
 
 def _given(tensor: Tensor | None) -> Tensor:

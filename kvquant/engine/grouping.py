@@ -41,7 +41,8 @@ def states_to_rows(states: Tensor, axis: Axis, group_size: int) -> Tensor:
         ``[n_groups, group_size]``, in the order of the grid of scales, contiguous.
     """
     if axis == "channel":
-        return states.unflatten(2, (-1, group_size)).transpose(3, 4).reshape(-1, group_size)
+        groups: Tensor = states.unflatten(2, (-1, group_size))
+        return groups.transpose(3, 4).reshape(-1, group_size)
     return states.reshape(-1, group_size)
 
 
@@ -53,9 +54,7 @@ def rows_to_states(rows: Tensor, shape: tuple[int, int, int, int], axis: Axis, g
     return rows.reshape(shape)
 
 
-def scale_grid_shape(
-    shape: tuple[int, int, int, int], axis: Axis, group_size: int
-) -> tuple[int, int, int, int]:
+def scale_grid_shape(shape: tuple[int, int, int, int], axis: Axis, group_size: int) -> tuple[int, int, int, int]:
     """Return the shape of the grid of scales of states of `shape`."""
     batch, heads, tokens, head_dim = shape
     if axis == "channel":
@@ -70,7 +69,8 @@ def grouped(states: Tensor, axis: Axis, group_size: int) -> Tensor:
         ``[batch, kv_heads, tokens / group_size, group_size, head_dim]`` (axis ``"channel"``) or
         ``[batch, kv_heads, tokens, head_dim / group_size, group_size]`` (axis ``"token"``).
     """
-    return states.unflatten(2, (-1, group_size)) if axis == "channel" else states.unflatten(3, (-1, group_size))
+    groups: Tensor = states.unflatten(2 if axis == "channel" else 3, (-1, group_size))
+    return groups
 
 
 def ungrouped(states: Tensor, axis: Axis) -> Tensor:

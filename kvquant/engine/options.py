@@ -49,7 +49,9 @@ def rename_options(options: Mapping[str, Any], known: Iterable[str]) -> dict[str
         if name not in names:
             raise UnknownOptionError("option", str(option), names)
         if name in renamed:
-            raise OptionValueError(option, value, f"only one of {', '.join(o for o in options if ALIASES.get(o, o) == name)}")
+            raise OptionValueError(
+                option, value, f"only one of {', '.join(o for o in options if ALIASES.get(o, o) == name)}"
+            )
         renamed[name] = value
     return renamed
 

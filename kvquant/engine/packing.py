@@ -1,9 +1,9 @@
 """Codes of 1, 2, 3, 4 or 8 bits, packed into bytes without waste.
 
 Layout of one row of ``n`` codes, ``n`` rounded up to a multiple of 8. Widths 1, 2 and 4 are *planar*: with
-``m = n * nbits / 8`` bytes, byte ``j`` holds codes ``j``, ``j + m``, ``j + 2m``, ... from its low bits up. So a shift and
-a mask of the whole row give a contiguous run of codes, with no interleaving, in torch, SIMD and Triton alike.
-Three bits are a plane of the low 2 bits followed by a plane of the high bit: really 3 bits a code.
+``m = n * nbits / 8`` bytes, byte ``j`` holds codes ``j``, ``j + m``, ``j + 2m``, ... from its low bits up. So a shift
+and a mask of the whole row give a contiguous run of codes, with no interleaving, in torch, SIMD and Triton alike. Three
+bits are a plane of the low 2 bits followed by a plane of the high bit: really 3 bits a code.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _shifts(width: int, device: torch.device) -> Tensor:
 
 
 def _pack_planar(codes: Tensor, width: int) -> Tensor:
-    planes = codes.unflatten(-1, (8 // width, -1)) << _shifts(width, codes.device)
+    planes: Tensor = codes.unflatten(-1, (8 // width, -1)) << _shifts(width, codes.device)
     packed = planes[..., 0, :].clone(memory_format=torch.contiguous_format)
     for plane in range(1, 8 // width):
         packed |= planes[..., plane, :]
@@ -74,5 +74,5 @@ def _pack_planar(codes: Tensor, width: int) -> Tensor:
 
 
 def _unpack_planar(packed: Tensor, width: int) -> Tensor:
-    planes = (packed.unsqueeze(-2) >> _shifts(width, packed.device)) & (2**width - 1)
+    planes: Tensor = (packed.unsqueeze(-2) >> _shifts(width, packed.device)) & (2**width - 1)
     return planes.flatten(-2)

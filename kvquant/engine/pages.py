@@ -99,12 +99,12 @@ class CanonicalPage:
             and at + self._block <= self.capacity
             and piece.scale.dtype == self.scale.dtype
             and (piece.table is None) == (self.table is None)
-            and (piece.table is None or torch.equal(piece.table.to(self.codes.device), cast(Tensor, self.table)))
+            and (piece.table is None or torch.equal(piece.table.to(self.codes.device), cast("Tensor", self.table)))
         )
 
     def write(self, piece: Piece, start: int, at: int) -> int:
         """Write `piece` from its token `start` on at token `at`, as far as it fits; return the tokens written."""
-        source, per = cast(Encoded, piece), self._tokens_per_scale
+        source, per = cast("Encoded", piece), self._tokens_per_scale
         stop = min(source.tokens, start + self.capacity - at)
         self.codes[:, :, at : at + stop - start] = source.codes[:, :, start:stop]
         target = slice(at // per, (at + stop - start) // per)
@@ -126,7 +126,7 @@ class CanonicalPage:
         if self.table is not None:
             states = grouped(self.table.to(dtype)[codes.int()], axis, group_size).mul_(scale)
         else:
-            offset = grouped_grid(cast(Tensor, self.offset)[:, :, first:last].to(dtype), axis)
+            offset = grouped_grid(cast("Tensor", self.offset)[:, :, first:last].to(dtype), axis)
             states = torch.addcmul(offset, grouped(codes.to(dtype), axis, group_size), scale)
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
@@ -167,9 +167,7 @@ class CanonicalPage:
 class OpaquePage:
     """A page in a backend's own format: one `Opaque` for each block and batch row."""
 
-    def __init__(
-        self, encoder: Encoder, first_token: int, kv_heads: int, head_dim: int, device: torch.device
-    ) -> None:
+    def __init__(self, encoder: Encoder, first_token: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
         """Make an empty page that begins at token `first_token` of the sequence; its list of blocks never fills up."""
         self._encoder, self._first_token = encoder, first_token
         self._kv_heads, self._head_dim, self._device = kv_heads, head_dim, device
@@ -185,9 +183,9 @@ class OpaquePage:
         """Whether `piece` may be written behind token `at`."""
         return isinstance(piece, EncodedOpaque) and at % self._encoder.block == 0
 
-    def write(self, piece: Piece, start: int, at: int) -> int:
+    def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a list always writes at its end
         """Keep a block at token `at`; return its tokens."""
-        block = cast(EncodedOpaque, piece)
+        block = cast("EncodedOpaque", piece)
         self._blocks.append(tuple(_opaque_to(row, self._device) for row in block.rows))
         return block.tokens
 
@@ -211,7 +209,7 @@ class OpaquePage:
         states = []
         for row in self._blocks[index]:
             try:
-                values = cast(OpaqueQuantizer, encoder.quantizer).dequantize(row)
+                values = cast("OpaqueQuantizer", encoder.quantizer).dequantize(row)
             except Exception as cause:
                 raise QuantizationError(
                     encoder.backend, encoder.stream, position, position + encoder.block, cause, encoder.where

@@ -125,19 +125,19 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
 def compute_dtype(config: CacheConfig, states: torch.dtype) -> torch.dtype:
     """Return the type in which states of type `states` are quantised and attended."""
     if config.compute_dtype is not None:
-        return cast(torch.dtype, getattr(torch, config.compute_dtype))
+        return cast("torch.dtype", getattr(torch, config.compute_dtype))
     return torch.promote_types(states, torch.float32)
 
 
 def _axis(backend: Backend, option: str, axis: str | int) -> Axis:
     aliases = backend.capabilities.axis_aliases
     if isinstance(axis, str):
-        return cast(Axis, axis)
+        return cast("Axis", axis)
     if axis not in aliases:
         known = ", ".join(f"{number} ({meaning})" for number, meaning in aliases.items()) or "none"
         reason = f"{option}={axis} is not an integer axis of it; it has: {known}; 'channel' and 'token' always work"
         raise UnsupportedError(f"backend {backend.name!r}", [reason])
-    return cast(Axis, aliases[axis])
+    return cast("Axis", aliases[axis])
 
 
 def _fitting_groups(capabilities: Capabilities, head_dim: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Which tokens stay exact and which are quantised: integers only, no tensors.
 
-    | sink | body (whole blocks, quantised) | window |
+| sink | body (whole blocks, quantised) | window |
 """
 
 from __future__ import annotations

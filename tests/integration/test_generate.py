@@ -1,4 +1,4 @@
-"""Generation with transformers' own `generate`: nothing quantised yet means nothing changes; then the body is in use."""
+"""Generation with transformers' own `generate`: with nothing quantised yet, and with the body in use."""
 
 import warnings
 
@@ -64,7 +64,9 @@ def inputs(padded):
 def generate(model, cache, padded=True, tokens=24, **mode):
     torch.manual_seed(7)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, **mode}
-    return model.generate(**inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+    return model.generate(
+        **inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -89,7 +91,9 @@ def test_with_the_body_in_use_sdpa_decodes_fused(model, mode, padded):
     quantised = sum(layer.tokens > 0 and layer.quantized_tokens > 0 for layer in cache.memory_report().layers)
     assert (counters.fused, counters.materialised) == (23 * quantised, 0)
     assert out.sequences.shape[1] == 64
-    assert quantised == (0 if model.config.get_text_config().model_type == "mistral" and model.config.sliding_window else 2)
+    assert quantised == (
+        0 if model.config.get_text_config().model_type == "mistral" and model.config.sliding_window else 2
+    )
 
 
 def test_sdpa_and_eager_see_the_same_quantised_cache(model):

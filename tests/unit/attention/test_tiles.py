@@ -62,8 +62,16 @@ def test_fused_equals_dequantised(
 ):
     """For every format, axis, width, grouped-query ratio, mask, scale and dtype, in small tiles and in one."""
     layer, (keys, values) = filled(
-        tokens, batch=batch, widths=widths, dtype=dtype, backend=f"test-{kind}", axis_key=axes[0], axis_value=axes[1],
-        nbits_key=bits[0], nbits_value=bits[1], sink_length=sink,
+        tokens,
+        batch=batch,
+        widths=widths,
+        dtype=dtype,
+        backend=f"test-{kind}",
+        axis_key=axes[0],
+        axis_value=axes[1],
+        nbits_key=bits[0],
+        nbits_value=bits[1],
+        sink_length=sink,
     )
     heads = 2 * groups
     query = torch.randn(batch, heads, queries, widths[0]).to(dtype)

@@ -55,7 +55,11 @@ def test_transformers_second_argument_is_the_model_config():
     [
         ({"nbit": 2}, UnknownOptionError, "unknown option 'nbit'. Did you mean 'nbits'"),
         ({"nbits": 5}, OptionValueError, "nbits=5 cannot work"),
-        ({"group_size": 48}, UnsupportedError, "group_size=48 does not divide head_dim=16; those that do: 1, 2, 4, 8, 16"),
+        (
+            {"group_size": 48},
+            UnsupportedError,
+            "group_size=48 does not divide head_dim=16; those that do: 1, 2, 4, 8, 16",
+        ),
         ({"layers": {4: {"nbits": 8}}}, OptionValueError, "layers='4' cannot work: expected layers from 0 to 3"),
         ({"skip_layers": [-5]}, OptionValueError, "skip_layers=-5 cannot work: expected a layer from 0 to 3"),
         ({"axis_key": 0}, UnsupportedError, "axis_key=0 is not an integer axis of it"),
@@ -133,7 +137,9 @@ def test_a_cache_prints_what_it_is():
     cache = QuantizedCache(nbits=2, config=LLAMA, group_size=16)
     assert repr(cache) == "QuantizedCache(backend='reference', nbits=2, group_size=16; empty)"
     text = repr(fill(cache, tokens=256))
-    assert text.startswith("QuantizedCache(backend='reference', nbits=2, group_size=16; 4 layers, 256 tokens, 128 quantised")
+    assert text.startswith(
+        "QuantizedCache(backend='reference', nbits=2, group_size=16; 4 layers, 256 tokens, 128 quantised"
+    )
     assert "at 4.00 bits per element" in text
 
 

@@ -115,13 +115,17 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def reorder(self, data):
         batch = self.given[0].shape[0]
-        self.select(self.layer.reorder_cache, data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch)))
+        self.select(
+            self.layer.reorder_cache, data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch))
+        )
 
     @precondition(lambda self: self.length)
     @rule(data=st.data())
     def select_indices(self, data):
         batch = self.given[0].shape[0]
-        self.select(self.layer.batch_select_indices, data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4)))
+        self.select(
+            self.layer.batch_select_indices, data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
+        )
 
     def select(self, method, indices):
         method(torch.tensor(indices))
@@ -176,11 +180,15 @@ def body_contents(layer: QuantizedLayer) -> list[Tensor]:
     for store in layer.stores:
         scheme, pages = store.body.encoder.scheme, store.body.pages
         per = scheme.group_size if scheme.axis == "channel" else 1
-        contents.append(torch.cat([unpack(p.codes[:, :, : p.length], scheme.nbits, store.head_dim) for p in pages], dim=2))
+        contents.append(
+            torch.cat([unpack(p.codes[:, :, : p.length], scheme.nbits, store.head_dim) for p in pages], dim=2)
+        )
         for name in ("scale", "offset"):
             grids = [getattr(page, name) for page in pages]
             if grids[0] is not None:
-                dtypes = torch.tensor([[grid.element_size()] for grid, page in zip(grids, pages, strict=True) for _ in range(page.length)])
+                dtypes = torch.tensor(
+                    [[grid.element_size()] for grid, page in zip(grids, pages, strict=True) for _ in range(page.length)]
+                )
                 kept = [grid[:, :, : page.length // per].float() for grid, page in zip(grids, pages, strict=True)]
                 contents += [torch.cat(kept, dim=2), dtypes]
     return contents
@@ -193,7 +201,7 @@ def body_contents(layer: QuantizedLayer) -> list[Tensor]:
     seed=st.integers(0, 999),
 )
 def test_append_only_any_split_gives_bit_identical_stores(options, splits, loud, seed):
-    """Invariant 1: codes, scales and their precision are those of one single append; `loud` blocks need float32 scales."""
+    """Invariant 1: codes, scales and their precision are those of one append; `loud` blocks need float32 scales."""
     random = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(2, 2, sum(splits), width, generator=random) for width in (8, 16))
     if loud:
@@ -264,7 +272,9 @@ def test_spare_capacity_stays_within_an_eighth_or_a_page(kind):
             stored = len(store.body)
             spare = sum(page.capacity - page.length for page in store.body.pages)
             assert spare <= max(store._policy.page_tokens, stored / 8)
-            assert store.recent.data.shape[2] - len(store.recent) <= max(store._policy.block, len(store.recent) / 8) + 16
+            assert (
+                store.recent.data.shape[2] - len(store.recent) <= max(store._policy.block, len(store.recent) / 8) + 16
+            )
 
 
 def test_pages_never_move_while_tokens_are_appended():

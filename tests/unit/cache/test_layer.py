@@ -26,7 +26,9 @@ def states(tokens, batch=1, heads=2, width=16, dtype=torch.float32):
 
 
 def make(**options):
-    return QuantizedLayer(CacheConfig(**{"backend": "test-affine", "group_size": 8, "residual_length": 8, **options}), 3)
+    return QuantizedLayer(
+        CacheConfig(**{"backend": "test-affine", "group_size": 8, "residual_length": 8, **options}), 3
+    )
 
 
 def snapshot(layer):
@@ -85,10 +87,22 @@ def test_states_come_back_in_their_own_dtype(backend, dtype):
 @pytest.mark.parametrize(
     ("keys", "values", "problem"),
     [
-        (states(3)[0], states(3), "layer 3: key states need 4 dimensions [batch, kv_heads, tokens, head_dim], got [2, 3, 16]"),
-        (states(3), states(4), "layer 3: key and value states must agree in batch, heads and tokens, got [1, 2, 3, 16] and"),
+        (
+            states(3)[0],
+            states(3),
+            "layer 3: key states need 4 dimensions [batch, kv_heads, tokens, head_dim], got [2, 3, 16]",
+        ),
+        (
+            states(3),
+            states(4),
+            "layer 3: key and value states must agree in batch, heads and tokens, got [1, 2, 3, 16] and",
+        ),
         (states(3, heads=1), states(3), "must agree in batch, heads and tokens"),
-        (states(3), states(3, dtype=torch.float16), "must agree in dtype and device, got torch.float32 on cpu and torch.float16"),
+        (
+            states(3),
+            states(3, dtype=torch.float16),
+            "must agree in dtype and device, got torch.float32 on cpu and torch.float16",
+        ),
         (states(3).int(), states(3).int(), "key states need a floating type, got torch.int32"),
         (states(3), states(3).to("meta"), "must agree in dtype and device"),
     ],
@@ -168,7 +182,9 @@ def test_the_check_for_nan_can_be_switched_off():
 def test_a_group_that_does_not_fit_the_model_is_refused_on_the_first_update():
     """Without the model's config, head_dim is known only then; nothing is stored."""
     layer = make(group_size=48)
-    with pytest.raises(UnsupportedError, match="group_size=48 does not divide head_dim=16; those that do: 1, 2, 4, 8, 16"):
+    with pytest.raises(
+        UnsupportedError, match="group_size=48 does not divide head_dim=16; those that do: 1, 2, 4, 8, 16"
+    ):
         layer.update(states(3), states(3))
     assert not layer.is_initialized
 
@@ -229,7 +245,9 @@ def test_an_opaque_backend_that_fails_to_read_is_named(backend):
 
     layer = make(backend=backend(Unreadable, formats=("opaque",)), sink_length=2)
     layer.update(states(30), states(30))
-    with pytest.raises(QuantizationError, match="failed on layer 3, key states of tokens 2 to 9: RuntimeError: cannot read"):
+    with pytest.raises(
+        QuantizationError, match="failed on layer 3, key states of tokens 2 to 9: RuntimeError: cannot read"
+    ):
         _ = layer.keys
 
 
@@ -253,7 +271,13 @@ def test_codes_out_of_range_are_caught_before_they_are_stored(backend):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (5, "crop(5): crop takes the number of tokens to remove as a negative number, for example crop(-5). Nothing was removed."),
+        (
+            5,
+            (
+                "crop(5): crop takes the number of tokens to remove as a negative number, for example crop(-5). "
+                "Nothing was removed."
+            ),
+        ),
         (-31, "crop(-31): the cache holds only 30 tokens; at most crop(-30) is possible. Nothing was removed."),
     ],
 )

@@ -113,8 +113,8 @@ def test_an_unknown_preset_is_refused_with_the_list():
     """A misspelt preset gets its neighbour."""
     with pytest.raises(UnknownOptionError) as caught:
         CacheConfig.from_preset("kivi2")
-    assert str(caught.value) == "unknown preset 'kivi2'. Did you mean 'kivi-2' or 'kivi-4'? Known presets: " + (
-        f"{', '.join(PRESETS)}."
+    assert str(caught.value) == (
+        f"unknown preset 'kivi2'. Did you mean 'kivi-2' or 'kivi-4'? Known presets: {', '.join(PRESETS)}."
     )
 
 

@@ -40,7 +40,10 @@ def changed(**parts):
         (changed(scale=lambda g: g.scale[:, None]), "scale has shape [64, 1] instead of [64]"),
         (changed(scale=lambda g: g.scale * torch.nan), "scale holds NaN or infinity"),
         (changed(scale=lambda g: g.scale.int()), "scale has dtype torch.int32 instead of a floating type"),
-        (changed(scale=lambda g: g.scale.double() * 1e300), "scale holds NaN or infinity, or leaves the range of float32"),
+        (
+            changed(scale=lambda g: g.scale.double() * 1e300),
+            "scale holds NaN or infinity, or leaves the range of float32",
+        ),
         (changed(offset=lambda g: g.offset * torch.inf), "offset holds NaN or infinity"),
         (changed(offset=lambda g: g.offset.to("meta")), "offset is on meta instead of cpu"),
         (changed(offset=lambda g: None), "needs either offset (affine) or table (codebook), and not both"),
@@ -165,7 +168,9 @@ def test_a_large_batch_goes_through_in_parts_and_comes_out_whole():
     (piece,) = encoder(UniformCodebook, Scheme(4, "token", 64), formats=("codebook",)).encode(states, 0)
     assert isinstance(piece, Encoded)
     assert piece.codes.shape == (600, 1, 32, 32)
-    assert torch.allclose(piece.scale[:, 0, 0, 0].float() / piece.scale[0, 0, 0, 0].float(), torch.arange(1.0, 601), rtol=2e-3)
+    assert torch.allclose(
+        piece.scale[:, 0, 0, 0].float() / piece.scale[0, 0, 0, 0].float(), torch.arange(1.0, 601), rtol=2e-3
+    )
 
 
 def test_opaque_blocks_are_kept_by_batch_row():

@@ -58,7 +58,11 @@ def test_the_default_group_is_one_that_the_backend_has(backend):
         ({"nbits": (2, 4)}, {"nbits": 3}, "nbits=3 is not supported; supported: 2, 4"),
         ({"axes": ("token",)}, {}, "axis='channel' is not supported; supported: token"),
         ({"group_sizes": (64,)}, {"group_size": 32}, "group_size=32 is not supported; supported: 64"),
-        ({"dtypes": ("float32",)}, {"compute_dtype": "bfloat16"}, "dtype='bfloat16' is not supported; supported: float32"),
+        (
+            {"dtypes": ("float32",)},
+            {"compute_dtype": "bfloat16"},
+            "dtype='bfloat16' is not supported; supported: float32",
+        ),
         ({}, {"options": {"speed": 9}}, "option 'speed' is unknown to this backend; known: none"),
         ({}, {"axis_key": 0}, "axis_key=0 is not an integer axis of it; it has: none"),
         ({"axis_aliases": {1: "token"}}, {"axis_key": 0}, "axis_key=0 is not an integer axis of it; it has: 1 (token)"),
