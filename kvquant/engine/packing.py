@@ -61,18 +61,14 @@ def unpack(packed: Tensor, nbits: int, n: int) -> Tensor:
     return codes[..., :n]
 
 
-def _shifts(width: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None]
-
-
 def _pack_planar(codes: Tensor, width: int) -> Tensor:
-    planes: Tensor = codes.unflatten(-1, (8 // width, -1)) << _shifts(width, codes.device)
+    planes: Tensor = codes.unflatten(-1, (8 // width, -1))
     packed = planes[..., 0, :].clone(memory_format=torch.contiguous_format)
     for plane in range(1, 8 // width):
-        packed |= planes[..., plane, :]
+        packed |= planes[..., plane, :] << plane * width
     return packed
 
 
 def _unpack_planar(packed: Tensor, width: int) -> Tensor:
-    planes: Tensor = (packed.unsqueeze(-2) >> _shifts(width, packed.device)) & (2**width - 1)
-    return planes.flatten(-2)
+    mask = 2**width - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, width)], dim=-1)

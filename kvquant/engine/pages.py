@@ -127,7 +127,7 @@ class CanonicalPage:
             states = grouped(self.table.to(dtype)[codes.int()], axis, group_size).mul_(scale)
         else:
             offset = grouped_grid(cast("Tensor", self.offset)[:, :, first:last].to(dtype), axis)
-            states = torch.addcmul(offset, grouped(codes.to(dtype), axis, group_size), scale)
+            states = grouped(codes.to(dtype), axis, group_size).mul_(scale).add_(offset)
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
     def select(self, indices: Tensor) -> None:
