@@ -119,16 +119,16 @@ def test_a_conversation_goes_on_with_the_same_cache(model):
     assert cache.get_seq_length() == out.shape[1] - 1
 
 
-def test_assisted_decoding_with_prompt_lookup_equals_greedy(model):
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3"])
+def test_assisted_decoding_with_prompt_lookup_equals_greedy(family):
     """Rejected tokens are cropped; with everything in the window the text is that of plain greedy decoding."""
-    if any(QuantizedCache(config=model.config).is_sliding):
-        pytest.skip("transformers cannot crop a full sliding window with a user's cache either")
-    model.set_attn_implementation("sdpa")
-    ids = inputs(False)["input_ids"][:1]
-    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
-    plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), **kwargs)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    ids = inputs(padded=False)["input_ids"][:1]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+    plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
     cache = QuantizedCache(config=model.config, residual_length=1000)
-    assisted = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **kwargs)
+    assisted = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
     assert torch.equal(plain, assisted)
 
 
