@@ -141,8 +141,8 @@ class CacheConfig:
 
     # -------------------------------------------------------------------------------------------- layers
 
-    def layer_options(self, layer: int) -> dict[str, Any]:
-        """Return the per-layer options that hold for `layer`: its own over the general ones."""
+    def layer_options(self, layer: int | None) -> dict[str, Any]:
+        """Return the per-layer options that hold for `layer`: its own over the general ones (None: those alone)."""
         merged = _layer_options_of(self)
         for key, overrides in self.layers.items():
             if layer in parse_layers(key):

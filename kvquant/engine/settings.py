@@ -102,7 +102,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
         BackendUnavailableError: the backend's library is not installed.
         UnsupportedError: the backend cannot do what is asked, as far as can be told before the first states.
     """
-    options = config.layer_options(-1 if layer is None else layer)
+    options = config.layer_options(layer)
     backend = get_backend(options["backend"])
     backend.require()
     streams = []

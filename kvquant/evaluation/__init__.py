@@ -1,0 +1,1 @@
+"""Measuring caches: what they cost and what they keep."""
