@@ -1,16 +1,15 @@
-"""Key/value cache quantisation for Hugging Face models, with a backend plugin for every method.
+"""Keep a language model's key/value cache in few bits, with any quantisation method that is installed.
 
     from kvquant import QuantizedCache
 
     cache = QuantizedCache(backend="reference", nbits=4)
     model.generate(**inputs, past_key_values=cache)
 
-Names are imported when they are first used: ``import kvquant`` takes milliseconds and imports no torch.
+Public names are loaded on first use, so that importing kvquant imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kvquant._version import __version__
@@ -20,17 +19,6 @@ if TYPE_CHECKING:
     from kvquant.engine.config import CacheConfig
     from kvquant.errors import KVQuantError
     from kvquant.registry import Backend, get_backend, list_backends, register, unregister
-
-_MODULES = {
-    "QuantizedCache": "kvquant.cache.cache",
-    "CacheConfig": "kvquant.engine.config",
-    "KVQuantError": "kvquant.errors",
-    "Backend": "kvquant.registry",
-    "get_backend": "kvquant.registry",
-    "list_backends": "kvquant.registry",
-    "register": "kvquant.registry",
-    "unregister": "kvquant.registry",
-}
 
 __all__ = [
     "QuantizedCache",
@@ -44,12 +32,26 @@ __all__ = [
     "__version__",
 ]
 
+_HOMES = {
+    "QuantizedCache": "kvquant.cache.cache",
+    "CacheConfig": "kvquant.engine.config",
+    "list_backends": "kvquant.registry",
+    "get_backend": "kvquant.registry",
+    "register": "kvquant.registry",
+    "unregister": "kvquant.registry",
+    "Backend": "kvquant.registry",
+    "KVQuantError": "kvquant.errors",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'kvquant' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__})

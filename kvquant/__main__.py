@@ -1,4 +1,4 @@
-"""``python -m kvquant``: the same as the command ``kvquant``."""
+"""``python -m kvquant`` is the ``kvquant`` command."""
 
 from kvquant.cli.main import main
 

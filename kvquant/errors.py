@@ -8,10 +8,20 @@ attributes, so that code need not parse text::
     │   ├── UnknownOptionError              a misspelt option or preset
     │   ├── OptionValueError                a value that can never work
     │   └── UnsupportedError                a value that this backend or model cannot do
-    ├── UnknownBackendError (LookupError)   no backend of that name
-    ├── DuplicateBackendError (LookupError) two distributions have a backend of that name
-    ├── BackendUnavailableError (ImportError)  a backend that cannot be used here
-    ├── PluginError (RuntimeError)          a plugin that does not fit the plugin contract, or fails at import
+    ├── BackendError                        a backend, or the declaration of one
+    │   ├── UnknownBackendError (ValueError)        no installed backend has that name
+    │   ├── BackendUnavailableError (ImportError)   there is one, and it cannot be used
+    │   │   ├── DuplicateBackendError       several distributions provide it
+    │   │   ├── BlockedBackendError         an environment variable forbids it
+    │   │   ├── BrokenBackendError          its plugin fails to load
+    │   │   │   └── IncompatibleBackendError    ... being written for another plugin API
+    │   │   ├── MissingRequirementError     a distribution that it needs is not installed
+    │   │   │   └── OutdatedRequirementError    ... or is too old
+    │   │   └── BackendImportError          its quantizer fails to import
+    │   ├── BackendFactoryError (RuntimeError)      its factory raised
+    │   ├── BackendSpecError (ValueError)           a declaration that cannot work
+    │   ├── BackendExistsError (ValueError)         registered under a name that is taken
+    │   └── BackendNotRegisteredError (ValueError)  unregistered without having been registered
     ├── StatesError (ValueError)            key and value states that do not fit the cache
     │   └── NonFiniteStatesError            NaN or infinity in them
     ├── CropError (ValueError)              a crop that the cache cannot do
@@ -39,6 +49,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not matches:
         return ""
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?"
+
+
+def origin(distribution: str, version: str) -> str:
+    """Return ``"kvquant-plugin-foo 1.2"``, or the distribution alone where there is no version."""
+    return f"{distribution} {version}".rstrip()
 
 
 def listing(items: Iterable[object]) -> str:
@@ -101,61 +116,222 @@ class UnsupportedError(ConfigError):
 # ------------------------------------------------------------------------------------------------ registry
 
 
-class UnknownBackendError(KVQuantError, LookupError):
-    """There is no backend of that name.
+class BackendError(KVQuantError):
+    """A backend, or the declaration of one, is not what was hoped for."""
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """No installed backend has that name.
 
     Attributes:
-        name: what was asked for.
-        installed: the names that there are.
-        hint: how to install it, for backends that we know; never made from `name`.
+        name: what was given.
+        installed: names of the installed backends.
+        suggestions: names that are close to it.
+        hint: a command from kvquant's own table that brings the backend, or an empty string.
     """
 
-    def __init__(self, name: str, installed: Sequence[str], hint: str = "") -> None:
-        self.name, self.installed, self.hint = name, tuple(installed), hint
-        install = f" It is not installed: {hint}." if hint else did_you_mean(name, installed)
+    def __init__(self, name: str, installed: Iterable[str], suggestions: Iterable[str] = (), hint: str = "") -> None:
+        self.name, self.installed, self.suggestions, self.hint = name, tuple(installed), tuple(suggestions), hint
+        alike = f" Did you mean {' or '.join(map(repr, self.suggestions))}?" if self.suggestions else ""
+        # The command comes last and bare, so that it can be copied.
+        command = f" To install it: {hint}" if hint else ""
         super().__init__(
-            f"unknown backend {name!r}.{install} Installed: {listing(installed)}. Run 'kvquant list-backends'."
+            f"unknown backend {name!r}.{alike} Installed: {listing(self.installed)}. "
+            f"Run 'kvquant list-backends'.{command}"
         )
 
 
-class DuplicateBackendError(KVQuantError, LookupError):
-    """A name that more than one distribution claims, or that is taken.
+class BackendUnavailableError(BackendError, ImportError):
+    """An installed backend cannot be used.
+
+    Attributes:
+        name: the backend's name.
+        reason: why, as ``kvquant list-backends`` shows it.
+        hint: the next step.
+    """
+
+    def __init__(self, name: str, reason: str, hint: str, source: str = "") -> None:
+        self.reason, self.hint = reason, hint
+        whose = f", from {source}," if source else ""
+        # The hint comes last and bare, so that a command in it can be copied.
+        super().__init__(f"backend {name!r}{whose} cannot be used: {reason}. Next step: {hint}", name=name)
+
+
+class DuplicateBackendError(BackendUnavailableError):
+    """Several distributions provide a backend of that name.
+
+    Attributes:
+        distributions: their names.
+    """
+
+    def __init__(self, name: str, distributions: Iterable[str]) -> None:
+        self.distributions = tuple(distributions)
+        choices = " or ".join(repr(f"{distribution}:{name}") for distribution in self.distributions)
+        super().__init__(
+            name,
+            f"{len(self.distributions)} distributions provide a backend of that name: {listing(self.distributions)}",
+            f"choose one by writing {choices}",
+        )
+
+
+class BlockedBackendError(BackendUnavailableError):
+    """An environment variable forbids the backend.
+
+    Attributes:
+        variable: the environment variable.
+        value: its value.
+        listed: whether the variable names the backend (and so blocks it), or fails to name it among those allowed.
+    """
+
+    def __init__(self, name: str, variable: str, value: str, *, listed: bool) -> None:
+        self.variable, self.value, self.listed = variable, value, listed
+        verb, step = ("names", "take it out of") if listed else ("does not name", "add it to")
+        super().__init__(name, f"the environment's {variable}={value!r} {verb} it", f"{step} {variable}")
+
+
+class BrokenBackendError(BackendUnavailableError):
+    """A plugin fails to load.
+
+    Attributes:
+        distribution, version: where the plugin comes from.
+        problem: what is wrong, on one line.
+        details: the plugin's own traceback, where it raised; Python shows it with this error's.
+    """
+
+    def __init__(
+        self, name: str, distribution: str, version: str, problem: str, details: str = "", hint: str = ""
+    ) -> None:
+        self.distribution, self.version, self.problem, self.details = distribution, version, problem, details
+        super().__init__(
+            name,
+            problem,
+            hint or f"upgrade {distribution}, or report this to its author",
+            origin(distribution, version),
+        )
+        if details:
+            self.add_note(f"The plugin's own traceback:\n{details.rstrip()}")
+
+
+class IncompatibleBackendError(BrokenBackendError):
+    """A plugin was written for another version of the plugin API.
+
+    Attributes:
+        plugin_api: the version that the plugin was written for.
+        supported_api: the version that this kvquant has.
+    """
+
+    def __init__(self, name: str, distribution: str, version: str, plugin_api: int, supported_api: int) -> None:
+        self.plugin_api, self.supported_api = plugin_api, supported_api
+        super().__init__(
+            name,
+            distribution,
+            version,
+            f"it was written for version {plugin_api} of the plugin API, and this kvquant has version {supported_api}",
+            hint=f"upgrade {'kvquant' if plugin_api > supported_api else distribution}",
+        )
+
+
+class MissingRequirementError(BackendUnavailableError):
+    """A distribution that the backend needs is not installed.
+
+    Attributes:
+        requirements: all that stands in the way, as ``(requirement, installed version or None)``.
+    """
+
+    def __init__(self, name: str, requirements: Iterable[tuple[str, str | None]], hint: str) -> None:
+        self.requirements = tuple(requirements)
+        unmet = [
+            f"{requirement} ({'not installed' if installed is None else f'{installed} is installed'})"
+            for requirement, installed in self.requirements
+        ]
+        super().__init__(name, f"it needs {listing(unmet)}", hint)
+
+
+class OutdatedRequirementError(MissingRequirementError):
+    """Every distribution that the backend needs is installed, but not all of them recent enough."""
+
+
+class BackendImportError(BackendUnavailableError):
+    """A backend's quantizer failed to import, or a library that it needs; that error is the `__cause__`.
+
+    Attributes:
+        distribution, version: where the plugin comes from.
+        factory: what was being imported.
+        problem: what went wrong, on one line.
+    """
+
+    def __init__(self, name: str, distribution: str, version: str, factory: str, problem: str) -> None:
+        self.distribution, self.version, self.factory, self.problem = distribution, version, factory, problem
+        super().__init__(
+            name,
+            f"importing its quantizer {factory!r} failed: {problem}",
+            f"upgrade {distribution} and what it needs, or report this to its author",
+            origin(distribution, version),
+        )
+
+
+class BackendFactoryError(BackendError, RuntimeError):
+    """A backend's factory raised; its own error is the `__cause__`.
+
+    Attributes:
+        name: the backend's name.
+        distribution, version: where the plugin comes from.
+        scheme: what was asked for.
+        problem: what went wrong, on one line.
+    """
+
+    def __init__(self, name: str, distribution: str, version: str, scheme: object, problem: str) -> None:
+        self.name, self.distribution, self.version = name, distribution, version
+        self.scheme, self.problem = scheme, problem
+        super().__init__(
+            f"backend {name!r}, from {origin(distribution, version)}, could not make a quantizer for {scheme}: "
+            f"{problem}"
+        )
+
+
+class BackendSpecError(BackendError, ValueError):
+    """A backend's declaration cannot work; nothing was registered.
+
+    Attributes:
+        subject: the declaration, e.g. ``"backend 'mine'"``.
+        problems: one sentence for each thing that is wrong.
+    """
+
+    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+        self.subject, self.problems = subject, tuple(problems)
+        super().__init__(f"{subject} cannot be registered: {'; '.join(self.problems)}.")
+
+
+class BackendExistsError(BackendError, ValueError):
+    """A backend was registered under a name that is taken.
 
     Attributes:
         name: the name.
-        distributions: who claims it.
+        distribution: who has it.
     """
 
-    def __init__(self, name: str, distributions: Sequence[str]) -> None:
-        self.name, self.distributions = name, tuple(distributions)
-        if len(self.distributions) > 1 and "in-process" not in self.distributions:
-            choices = " or ".join(repr(f"{distribution}:{name}") for distribution in self.distributions)
-            advice = f"Choose with {choices}, or uninstall one"
-        elif len(self.distributions) > 1:
-            advice = f"Register it under another name; {name!r} is installed already"
-        else:
-            advice = "Register it under another name, or with replace=True"
-        super().__init__(f"backend {name!r} is claimed by {' and '.join(self.distributions)}. {advice}.")
+    def __init__(self, name: str, distribution: str) -> None:
+        self.name, self.distribution = name, distribution
+        super().__init__(
+            f"there is a backend {name!r} already, from {distribution}. Choose another name, or pass replace=True to "
+            "put yours in its place."
+        )
 
 
-class BackendUnavailableError(KVQuantError, ImportError):
-    """A backend that is known and cannot be used here.
+class BackendNotRegisteredError(BackendError, ValueError):
+    """A backend was unregistered that had not been registered in this process.
 
     Attributes:
-        name: the backend.
-        status: ``"missing"``, ``"incompatible"``, ``"broken"``, ``"blocked"`` or ``"duplicate"``.
-        reason: why.
-        hint: what to do about it; may be empty.
+        name: the name.
+        registered: names that could be unregistered.
     """
 
-    def __init__(self, name: str, status: str, reason: str, hint: str = "") -> None:
-        self.status, self.reason, self.hint = status, reason, hint
-        advice = f" To mend it: {hint}." if hint else ""
-        super().__init__(f"backend {name!r} cannot be used ({status}): {reason}.{advice}", name=name)
-
-
-class PluginError(KVQuantError, RuntimeError):
-    """A plugin that does not fit the plugin contract or fails at import. The text says which and why."""
+    def __init__(self, name: str, registered: Iterable[str]) -> None:
+        self.name, self.registered = name, tuple(registered)
+        super().__init__(
+            f"backend {name!r} was not registered in this process, so it cannot be unregistered. "
+            f"Registered: {listing(self.registered)}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------ states and cache

@@ -78,7 +78,9 @@ def _widths(text: str) -> list[int]:
     try:
         return [int(width) for width in text.split(",")]
     except ValueError as cause:
-        raise click.BadParameter(f"{text!r} is not a width or a list of widths such as 4 or 8,4,2", param_hint="--nbits") from cause
+        raise click.BadParameter(
+            f"{text!r} is not a width or a list of widths such as 4 or 8,4,2", param_hint="--nbits"
+        ) from cause
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -112,9 +114,27 @@ def _show(comparisons: list[Comparison], tokenizer: Any, name: str, prompt_token
         out.rule(f"{one.config.backend}, {one.config.nbits} bits", align="left")
         out.print(_marked(one, tokenizer))
     table = Table(title="\nSide by side", title_justify="left", title_style="bold")
-    for column in ("cache", "size", "smaller", "bits per element", "same first", "next token agrees", "ms per token", "time"):
+    for column in (
+        "cache",
+        "size",
+        "smaller",
+        "bits per element",
+        "same first",
+        "next token agrees",
+        "ms per token",
+        "time",
+    ):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    table.add_row("full precision", format_bytes(full.cache_bytes), "1.0x", "", "", "", f"{1e3 * full.decode_seconds:.1f}", "1.00x")
+    table.add_row(
+        "full precision",
+        format_bytes(full.cache_bytes),
+        "1.0x",
+        "",
+        "",
+        "",
+        f"{1e3 * full.decode_seconds:.1f}",
+        "1.00x",
+    )
     for one in comparisons:
         run = one.quantized
         bits = "-" if run.bits_per_element is None else f"{run.bits_per_element:.2f}"
@@ -131,9 +151,9 @@ def _show(comparisons: list[Comparison], tokenizer: Any, name: str, prompt_token
     out.print(table)
     window = comparisons[0].quantized
     out.print(
-        f"{window.quantized_tokens} of {window.cache_tokens} tokens are quantised, the rest is the full-precision window. "
-        "'Same first' counts tokens until the texts part; 'next token agrees' asks at every token of the full-precision "
-        "text whether the quantised cache would have chosen it too.",
+        f"{window.quantized_tokens} of {window.cache_tokens} tokens are quantised, the rest is the full-precision "
+        "window. 'Same first' counts tokens until the texts part; 'next token agrees' asks at every token of the "
+        "full-precision text whether the quantised cache would have chosen it too.",
         style="dim",
     )
 

@@ -3,76 +3,74 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import click
 
-from kvquant.cli.list_backends import describe
+from kvquant import registry
+from kvquant.cli.columns import paragraph, terminal_width
+from kvquant.cli.describe import clean, coloured, facts, quietly, status_word
+from kvquant.errors import origin
+from kvquant.plugin.spec import BackendSpec, Requirement
+from kvquant.registry.availability import installed_version, requirement_text
 
-if TYPE_CHECKING:
-    from kvquant.registry import Backend
+_INDENT = 16
 
 
 @click.command()
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def info(name: str, as_json: bool) -> None:
-    """Show everything about the backend NAME: what it can do, and whether it can be used here."""
-    from kvquant.errors import BackendUnavailableError
-    from kvquant.registry import get_backend, list_backends
+    """Show everything about the backend NAME: what it can do, and whether it can be used here.
 
-    try:
-        backend = get_backend(name)
-    except BackendUnavailableError as error:
-        # A backend that cannot be used is still worth looking at.
-        backend = next(one for one in list_backends() if one.name == error.name)
-    facts = everything(backend)
+    Where several distributions have a backend of one name, NAME is "distribution:name".
+    """
+    backend = quietly(lambda: registry.find_backend(name))
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(facts(backend), indent=2))
         return
-    from rich.table import Table
-
-    from kvquant.cli.console import console
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for fact, value in facts.items():
-        table.add_row(fact.replace("_", " "), _text(value))
-    console().print(table, markup=False)
-
-
-def everything(backend: Backend) -> dict[str, Any]:
-    """Return all that is known of a backend, as plain builtins."""
-    facts = describe(backend)
-    spec = backend.spec
-    if spec is None:
-        return facts
-    capabilities = spec.capabilities
-    return {
-        **facts,
-        "group_sizes": None if capabilities.group_sizes is None else list(capabilities.group_sizes),
-        "integer_axes": {str(number): axis for number, axis in capabilities.axis_aliases.items()},
-        "devices": list(capabilities.devices),
-        "dtypes": list(capabilities.dtypes),
-        "deterministic": capabilities.deterministic,
-        "options": dict(capabilities.options),
-        "requires": [
-            requirement.distribution + (f" >= {requirement.minimum}" if requirement.minimum else "")
-            for requirement in spec.requires
-        ],
-        "summary": spec.summary,
-        "url": spec.url,
-    }
+    click.echo(click.style(clean(backend.name), bold=True))
+    if backend.spec and backend.spec.summary:
+        click.echo("\n".join(paragraph(clean(backend.spec.summary), terminal_width(), "")))
+    click.echo()
+    state = backend.availability
+    _show("available", coloured(status_word(backend), state.status))
+    _show("reason", clean(state.reason) if state.reason else None)
+    _show("next step", clean(state.hint) if state.hint else None)
+    _show("distribution", clean(origin(backend.distribution, backend.version)))
+    if backend.spec:
+        _show_spec(backend.spec)
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return "any"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {meaning}" for key, meaning in value.items()) or "-"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return str(value) or "-"
+def _show_spec(spec: BackendSpec) -> None:
+    can = spec.capabilities
+    _show("url", clean(spec.url) if spec.url else None)
+    _show("requires", _items(map(_requirement, spec.requires), none="nothing"))
+    _show("bits", _items(can.nbits))
+    _show("axes", _items(can.axes))
+    _show("integer axes", _items((f"{number} = {axis}" for number, axis in can.axis_aliases.items())))
+    _show("group sizes", _items(can.group_sizes) if can.group_sizes else "any")
+    _show("devices", _items(can.devices))
+    _show("dtypes", _items(can.dtypes))
+    _show("formats", _items(can.formats))
+    _show("deterministic", "yes" if can.deterministic else "no")
+    _show("options", None if can.options else "none")
+    for option, explanation in can.options.items():
+        _show("options" if option == next(iter(can.options)) else "", f"{clean(option)}: {clean(explanation)}")
+
+
+def _show(label: str, text: str | None) -> None:
+    """Print one labelled line, wrapped on a terminal; nothing for None."""
+    if text is not None:
+        first, *others = paragraph(text, terminal_width(), " " * _INDENT)
+        click.echo("\n".join([label.ljust(_INDENT) + first[_INDENT:], *others]))
+
+
+def _items(values: Iterable[object], none: str = "none") -> str:
+    return ", ".join(map(clean, values)) or none
+
+
+def _requirement(requirement: Requirement) -> str:
+    installed = installed_version(requirement.distribution)
+    state = "not installed" if installed is None else f"{installed or 'an unknown version'} is installed"
+    return f"{requirement_text(requirement)} ({state})"

@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import pairwise
 
 import click
 
-if TYPE_CHECKING:
-    from kvquant.registry import Backend
+from kvquant import registry
+from kvquant.cli.columns import columns, paragraph, terminal_width
+from kvquant.cli.describe import clean, coloured, facts, quietly, status_word
+from kvquant.registry import Backend
+
+_HEADINGS = ("NAME", "VERSION", "DISTRIBUTION", "AVAILABLE", "BITS", "AXES", "FORMATS")
 
 
 @click.command("list-backends")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def list_backends(as_json: bool) -> None:
     """List the backends that are installed, and say of each whether it can be used, and if not why."""
-    from kvquant import registry
-
-    backends = registry.list_backends()
+    backends = quietly(registry.list_backends)
     if as_json:
-        click.echo(json.dumps([describe(backend) for backend in backends], indent=2))
+        click.echo(json.dumps([facts(backend) for backend in backends], indent=2))
         return
-    from rich.table import Table
-
-    from kvquant.cli.console import console
-
-    table = Table()
-    for column in ("name", "version", "distribution", "available", "bits", "axes", "formats"):
-        table.add_column(column, overflow="fold")
-    for backend in backends:
-        row = describe(backend)
-        style = "" if backend.availability.ok else "dim"
-        columns = (row["name"], row["version"], row["distribution"], str(backend.availability))
-        table.add_row(*columns, *(", ".join(map(str, row[name])) for name in ("nbits", "axes", "formats")), style=style)
-    console().print(table, markup=False)
+    if not backends:
+        click.echo("No backends are installed.", err=True)
+        return
+    width = terminal_width()
+    heading, *rows = columns([_HEADINGS, *map(_cells, backends)], width)
+    click.echo(click.style("\n".join(heading), bold=True))
+    for backend, lines in zip(backends, rows, strict=True):
+        state = backend.availability
+        click.echo("\n".join(lines) if state.ok else coloured("\n".join(lines), state.status))
+        if not state.ok:
+            click.echo("\n".join(paragraph(f"{clean(state.reason)}. Next step: {clean(state.hint)}", width, "  ")))
 
 
-def describe(backend: Backend) -> dict[str, Any]:
-    """Return what a listing says of a backend, as plain builtins."""
-    state, spec = backend.availability, backend.spec
-    capabilities = None if spec is None else spec.capabilities
-    return {
-        "name": backend.name,
-        "version": backend.version,
-        "distribution": backend.distribution,
-        "status": state.status,
-        "reason": state.reason,
-        "hint": state.hint,
-        "nbits": [] if capabilities is None else list(capabilities.nbits),
-        "axes": [] if capabilities is None else list(capabilities.axes),
-        "formats": [] if capabilities is None else list(capabilities.formats),
-    }
+def _cells(backend: Backend) -> tuple[str, ...]:
+    origin = clean(backend.name), clean(backend.version) or "-", clean(backend.distribution), status_word(backend)
+    if backend.spec is None:
+        return (*origin, "-", "-", "-")
+    can = backend.capabilities
+    return (*origin, _ranges(can.nbits), " ".join(can.axes), " ".join(can.formats))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ``"1-4 8"`` for 1, 2, 3, 4, 8."""
+    runs: list[list[int]] = [[]]
+    ordered = sorted(set(numbers))
+    for number, following in pairwise([*ordered, ordered[-1] + 2]):
+        runs[-1].append(number)
+        if following != number + 1:
+            runs.append([])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs if run)

@@ -1,4 +1,4 @@
-"""The command ``kvquant``: finds commands by name and imports none before it runs, so that every answer is quick.
+"""The command ``kvquant``: finds commands by name and imports each when it runs, so that every answer is quick.
 
 Exit codes: 0 fine, 1 the thing asked for failed, 2 bad usage.
 """
@@ -6,8 +6,8 @@ Exit codes: 0 fine, 1 the thing asked for failed, 2 bad usage.
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -26,11 +26,11 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """A group whose commands are imported when they run, not when they are listed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 # click's signature
         """Return the names of all commands."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's signature
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 # click's signature
         """Import and return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
@@ -38,24 +38,35 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), attribute)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 # as above
         """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command: errors that kvquant raises on purpose become one message and an exit code.
+
+        With ``KVQUANT_DEBUG`` in the environment they pass, for the traceback.
+        """
+        try:
+            return super().invoke(ctx)
+        except KVQuantError as error:
+            if os.environ.get("KVQUANT_DEBUG", "0") not in ("", "0"):
+                raise
+            click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
+            # An option that can never work is bad usage, wherever it was noticed.
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kvquant")
-def cli() -> None:
+@click.version_option(__version__, prog_name="kvquant", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Keep a language model's key/value cache in 1 to 8 bits."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def main() -> None:
-    """Run the command line: errors that kvquant raises on purpose become one message and an exit code."""
-    try:
-        cli()
-    except KVQuantError as error:
-        if os.environ.get("KVQUANT_DEBUG"):
-            raise
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    """Run the command line and exit."""
+    cli(prog_name="kvquant")

@@ -113,25 +113,24 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
         used = [part for part in PARTS if self.parts[part]]
-        header = ["layer", "tokens", "quantised", *used, "total", "bits"]
-        rows = [
-            [
-                str(layer.layer),
-                str(layer.tokens),
-                str(layer.quantized_tokens),
-                *(format_bytes(layer.parts.get(part, 0)) for part in used),
-                format_bytes(layer.nbytes),
-                _bits(layer.bits_per_element),
-            ]
-            for layer in self.layers
-        ]
-        totals = [format_bytes(self.parts[part]) for part in used]
-        rows.append(["all", "", "", *totals, format_bytes(self.nbytes), _bits(self.bits_per_element)])
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
-        )
+        table = Table(box=SIMPLE_HEAD, show_footer=True, pad_edge=False)
+        footers = ["all", "", "", *(format_bytes(self.parts[part]) for part in used), format_bytes(self.nbytes)]
+        headers = ["layer", "tokens", "quantised", *used, "total", "bits"]
+        for header, footer in zip(headers, [*footers, _bits(self.bits_per_element)], strict=True):
+            table.add_column(header, footer, justify="right", no_wrap=True)
+        for layer in self.layers:
+            sizes = [format_bytes(layer.parts.get(part, 0)) for part in used]
+            counts = [str(layer.layer), str(layer.tokens), str(layer.quantized_tokens)]
+            table.add_row(*counts, *sizes, format_bytes(layer.nbytes), _bits(layer.bits_per_element))
+        console = Console(width=200, color_system=None, force_terminal=False)
+        with console.capture() as text:
+            console.print(table)
+        return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
 
 
 def format_bytes(count: int) -> str:

@@ -1,16 +1,22 @@
-"""Whether a backend can be used, and if not why and what to do; from metadata, without importing its library."""
+"""Whether a backend can be used, from metadata alone: no library is imported to find out."""
 
 from __future__ import annotations
 
-import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from typing import Literal
 
-from packaging.version import InvalidVersion, Version
-
+from kvquant.errors import BackendUnavailableError, MissingRequirementError, OutdatedRequirementError, listing
 from kvquant.plugin.spec import BackendSpec, Requirement
+from kvquant.registry.hints import INSTALL_COMMANDS
 
 Status = Literal["ok", "missing", "incompatible", "broken", "blocked", "duplicate"]
+
+#: Makes the error that says why a backend cannot be used. Errors are made anew each time, because one that is kept
+#: keeps alive every frame that it went through, with all tensors in them.
+Problem = Callable[[], BackendUnavailableError]
 
 
 @dataclass(frozen=True)
@@ -18,14 +24,14 @@ class Availability:
     """Whether a backend can be used.
 
     Attributes:
-        status: ``"ok"``; ``"missing"`` (a library is not installed, or too old); ``"incompatible"`` (made for another
-            plugin API); ``"broken"`` (its plugin fails); ``"blocked"`` (by the user); ``"duplicate"`` (two
-            distributions claim the name).
-        reason: why not, in one sentence; empty when it can.
-        hint: what to do about it; may be empty.
+        status: ``"ok"``; ``"missing"`` (a library that it needs is not installed, or too old); ``"incompatible"``
+            (written for another plugin API); ``"broken"`` (its plugin fails to load); ``"blocked"`` (by an environment
+            variable); ``"duplicate"`` (several distributions provide it).
+        reason: why it cannot be used; empty if it can.
+        hint: the next step; empty if none is needed.
     """
 
-    status: Status = "ok"
+    status: Status
     reason: str = ""
     hint: str = ""
 
@@ -34,27 +40,57 @@ class Availability:
         """Whether the backend can be used."""
         return self.status == "ok"
 
-    def __str__(self) -> str:
-        if self.ok:
-            return "ok"
-        return f"{self.status}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+
+def missing_requirements(spec: BackendSpec, distribution: str) -> Problem | None:
+    """Return what stands in the way among the distributions that `spec` requires, or None.
+
+    Args:
+        spec: a valid declaration.
+        distribution: where it comes from.
+    """
+    unmet = []
+    for requirement in spec.requires:
+        installed = installed_version(requirement.distribution)
+        if installed is None or _is_older(installed, requirement.minimum):
+            unmet.append((requirement_text(requirement), installed))
+    if not unmet:
+        return None
+    absent = any(installed is None for _, installed in unmet)
+    return partial(
+        MissingRequirementError if absent else OutdatedRequirementError, spec.name, unmet, _hint(spec, distribution)
+    )
 
 
-def check_requirements(spec: BackendSpec) -> Availability:
-    """Say whether everything that a backend requires is installed, in the versions that it needs."""
-    problems = [problem for requirement in spec.requires if (problem := _problem(requirement))]
-    return Availability("missing", " and ".join(problems), spec.install_hint) if problems else Availability()
+def _hint(spec: BackendSpec, distribution: str) -> str:
+    if spec.install_hint:
+        return spec.install_hint
+    if distribution == "kvquant" and spec.name in INSTALL_COMMANDS:
+        return INSTALL_COMMANDS[spec.name]
+    return f"install {listing(map(requirement_text, spec.requires))}"
 
 
-def _problem(requirement: Requirement) -> str:
+def requirement_text(requirement: Requirement) -> str:
+    """Return ``"optimum-quanto>=0.2.5"``."""
+    return f"{requirement.distribution}>={requirement.minimum}" if requirement.minimum else requirement.distribution
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version, an empty string where metadata lacks it, or None where the distribution is not installed."""
     try:
-        installed = importlib.metadata.version(requirement.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.distribution} is not installed"
-    if requirement.minimum is None:
+        return metadata.version(distribution) or ""
+    except metadata.PackageNotFoundError:
+        return None
+    except KeyError:  # from Python 3.14 on, for metadata without a version
         return ""
+
+
+def _is_older(installed: str, minimum: str | None) -> bool:
+    if minimum is None:
+        return False
+    from packaging.version import InvalidVersion, Version
+
     try:
-        fine = Version(installed) >= Version(requirement.minimum)
+        return Version(installed) < Version(minimum)
     except InvalidVersion:
-        return f"{requirement.distribution} has a version that cannot be compared, {installed!r}"
-    return "" if fine else f"{requirement.distribution} {installed} is older than {requirement.minimum}"
+        # A home-made build. Refusing it would be a guess; if it is too old, the library itself will say so.
+        return False

@@ -1,19 +1,59 @@
-"""What to install for backends and libraries that we know.
+"""Next steps for backends that are not installed.
 
-A curated table: an install command is never made from what somebody typed, which would send them to whoever registered
-that name on the package index.
+Commands come from this table and never from what a user typed: whoever owns a misspelt name on a package index would
+otherwise be one copy and paste away from running code on the user's machine.
 """
 
 from __future__ import annotations
 
-#: Backend name -> what to do when there is no such backend.
-BACKENDS = {
+import difflib
+from collections.abc import Iterable
+
+#: What brings each backend that kvquant knows of.
+INSTALL_COMMANDS = {
+    "bitsandbytes": "pip install 'kvquant[bitsandbytes]'",
     "hqq": "pip install 'kvquant[hqq]'",
     "quanto": "pip install 'kvquant[quanto]'",
-    "bitsandbytes": "pip install 'kvquant[bitsandbytes]'",
+    "reference": "pip install kvquant",
+}
+
+#: What else people call them.
+OTHER_NAMES = {
+    "bnb": "bitsandbytes",
+    "half-quadratic": "hqq",
+    "kivi": "reference",
+    "minmax": "reference",
+    "optimum": "quanto",
+    "optimum-quanto": "quanto",
+    "optimum.quanto": "quanto",
+    "optimum_quanto": "quanto",
 }
 
 
-def install_hint(backend: str) -> str:
-    """Return the command that brings `backend`, or an empty string for one that we do not know."""
-    return BACKENDS.get(backend, "")
+def suggest(name: str, installed: Iterable[str]) -> tuple[str, ...]:
+    """Return what `name` may have been meant to be, closest first.
+
+    Args:
+        name: what was given, in lower case.
+        installed: names of the installed backends, with or without ``"distribution:"`` before them.
+    """
+    if name in OTHER_NAMES:
+        return (OTHER_NAMES[name],)
+    known = {*installed, *INSTALL_COMMANDS} - {name}
+    return tuple(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7))
+
+
+def install_command(names: Iterable[str], installed: Iterable[str]) -> str:
+    """Return the command that brings the first of `names` that the table knows, or an empty string.
+
+    Args:
+        names: what was given, then what may have been meant.
+        installed: names that need no command.
+    """
+    there = set(installed)
+    for name in names:
+        if name in there:
+            return ""
+        if name in INSTALL_COMMANDS:
+            return INSTALL_COMMANDS[name]
+    return ""

@@ -1,117 +1,120 @@
-"""From a claim in metadata to a checked declaration, one plugin at a time, so that none takes the others down.
+"""From an entry point to a declaration: one plugin at a time, each on its own.
 
-pluggy validates hook signatures and keeps the plugins. Discovery and errors are ours: its own bulk loading would stop
-at the first plugin that fails, skip a second one of the same name in silence, and let a misspelt hook pass.
+pluggy checks the hook (marker, signature, spelling) and calls it. Each plugin gets a plugin manager of its own: in a
+shared one a module may stand under one name only, a name may be taken once (a second is skipped without a word), and a
+plugin that fails the check for misspelt hooks has to be taken out again before the next can be checked.
+`PluginManager.load_setuptools_entrypoints` is not used, because it goes by name and two distributions may share one.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-from dataclasses import fields
+from functools import partial
+from importlib import metadata
 
 import pluggy
 
-from kvquant.errors import PluginError
+from kvquant.errors import BrokenBackendError, IncompatibleBackendError, listing
 from kvquant.plugin import hookspecs
-from kvquant.plugin.capabilities import AXES, FORMATS, Capabilities
-from kvquant.plugin.hookspecs import API_VERSION, PROJECT
+from kvquant.plugin.hookspecs import API_VERSION, ENTRY_POINT_GROUP, PROJECT
 from kvquant.plugin.spec import BackendSpec
-from kvquant.registry.discovery import Candidate
+from kvquant.registry.availability import Problem
+from kvquant.registry.discovery import InstalledPlugin
+from kvquant.registry.guard import PluginError, call_plugin, one_line
+from kvquant.registry.validation import spec_problems
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
-_WIDTHS = (1, 2, 3, 4, 8)
+HOOK = hookspecs.kvquant_register_backends.__name__
+#: ``module``, ``module:attribute``, with or without ``[extra]``, as the entry-point format has it.
+_REFERENCE = re.compile(r"[\w.]+(\s*:\s*[\w.]+)?(\s*\[.*\])?")
 
 
-def load(candidate: Candidate) -> BackendSpec:
-    """Import a plugin's module, ask its hook, and check what it declares.
+class DeclarationError(Exception):
+    """A plugin declares its backends in a way that cannot work; the text says what is wrong."""
 
-    Raises:
-        PluginError: naming what is wrong with the plugin.
+
+def load(plugin: InstalledPlugin) -> BackendSpec | Problem:
+    """Import a plugin's light module, call its hook and check what it declares.
+
+    Args:
+        plugin: the entry point.
+
+    Returns:
+        The declaration of the entry point's backend, or what is wrong with the plugin.
     """
     try:
-        module = importlib.import_module(candidate.module.partition(":")[0])
-    except (Exception, SystemExit) as cause:
-        raise PluginError(f"importing {candidate.module} failed: {type(cause).__name__}: {cause}") from cause
-    specs = collect(module, candidate.module)
-    matching = [spec for spec in specs if isinstance(spec, BackendSpec) and str(spec.name).lower() == candidate.name]
-    if not matching:
-        declared = ", ".join(repr(getattr(spec, "name", spec)) for spec in specs) or "nothing"
-        raise PluginError(f"its hook declares {declared}, not {candidate.name!r} as its entry point says")
-    check_spec(matching[0])
-    return matching[0]
+        return call_plugin(lambda: _load(plugin))
+    except PluginError as error:
+        problem, details = f"its plugin fails to load: {error.problem}", error.details
+        if isinstance(error.__cause__, DeclarationError):
+            problem, details = str(error.__cause__), ""
+        return partial(BrokenBackendError, plugin.name, plugin.distribution, plugin.version, problem, details)
 
 
-def collect(plugin: object, label: str) -> list[object]:
-    """Return what a plugin's hook declares, unchecked.
+def _load(plugin: InstalledPlugin) -> BackendSpec | Problem:
+    if not _REFERENCE.fullmatch(plugin.value):
+        raise DeclarationError(f"its entry point refers to {one_line(repr(plugin.value))}, which names no module")
+    spec = _choose(plugin.name, declared(metadata.EntryPoint(plugin.name, plugin.value, ENTRY_POINT_GROUP).load()))
+    if is_foreign(spec):
+        origin = plugin.name, plugin.distribution, plugin.version
+        return partial(IncompatibleBackendError, *origin, spec.api_version, API_VERSION)
+    problems = spec_problems(spec)
+    if problems:
+        raise DeclarationError(one_line("; ".join(problems)))
+    return spec
+
+
+def declared(plugin: object) -> list[BackendSpec]:
+    """Call the hook of a module or object.
+
+    Args:
+        plugin: anything with the hook.
+
+    Returns:
+        What the hook returned, each of them a `BackendSpec` in type, and nothing more is known of it.
 
     Raises:
-        PluginError: it has no hook, a hook that does not exist, or a hook that fails.
+        DeclarationError: it has no hook, a misspelt one, or one that returns something else.
+        Exception: whatever the hook raises.
     """
-    # A manager of its own for each plugin: the same module may stand behind two names.
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
-        manager.register(plugin)
+        manager.register(plugin, name="plugin")
         manager.check_pending()
-        if not manager.get_hookcallers(plugin):
-            raise PluginError(f"{label} has no kvquant_register_backends hook; is @hookimpl missing?")
-        results = manager.hook.kvquant_register_backends()
-    except (pluggy.PluginValidationError, ValueError) as cause:
-        raise PluginError(f"{label} does not fit kvquant's hooks: {' '.join(str(cause).split())}") from cause
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as cause:
-        raise PluginError(f"its hook failed: {type(cause).__name__}: {cause}") from cause
-    for result in results:
-        if not isinstance(result, (list, tuple)):
-            raise PluginError(f"its hook returned {type(result).__name__} instead of a list of BackendSpec")
-    return [spec for result in results for spec in result]
+    except pluggy.PluginValidationError as error:
+        raise DeclarationError(_validation_problem(error, manager)) from error
+    caller = getattr(manager.hook, HOOK)
+    if not caller.get_hookimpls():
+        reason = "lacks the decorator @kvquant.plugin.hookimpl" if hasattr(plugin, HOOK) else "is not there"
+        raise DeclarationError(f"its hook {HOOK} {reason}")
+    results = caller()
+    specs = results[0] if results else None
+    if not isinstance(specs, (list, tuple)):
+        raise DeclarationError(f"its hook {HOOK} must return a list, and returned a {type(specs).__name__}")
+    strangers = {type(spec).__name__ for spec in specs if not isinstance(spec, BackendSpec)}
+    if strangers:
+        raise DeclarationError(f"its hook {HOOK} must list BackendSpecs, and lists a {listing(sorted(strangers))}")
+    return list(specs)
 
 
-def check_spec(spec: object) -> None:
-    """Refuse a declaration that cannot be worked with.
-
-    Raises:
-        PluginError: naming the field and what would work.
-        IncompatiblePluginError: it was written for another version of the plugin API.
-    """
-    if not isinstance(spec, BackendSpec):
-        raise PluginError(f"{type(spec).__name__} is not a BackendSpec")
-    if spec.api_version != API_VERSION:
-        raise IncompatiblePluginError(spec.api_version)
-    if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name):
-        raise PluginError(f"name={spec.name!r} must be lower-case letters, digits, '.', '_' and '-'")
-    if not callable(spec.factory) and (not isinstance(spec.factory, str) or spec.factory.count(":") != 1):
-        raise PluginError(f"factory={spec.factory!r} must be 'module:Class' or callable")
-    _check_capabilities(spec.capabilities)
+def is_foreign(spec: BackendSpec) -> bool:
+    """Return whether `spec` was made for another version of the plugin API; its fields may mean other things then."""
+    return type(spec.api_version) is int and spec.api_version != API_VERSION
 
 
-class IncompatiblePluginError(PluginError):
-    """A plugin was written for another version of the plugin API; listed as incompatible rather than broken."""
+def _choose(name: str, specs: list[BackendSpec]) -> BackendSpec:
+    chosen = [spec for spec in specs if spec.name == name]
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        raise DeclarationError(f"its hook declares {name!r} {len(chosen)} times")
+    others = one_line(listing(repr(spec.name) for spec in specs))
+    raise DeclarationError(f"its entry point is named {name!r}, and its hook declares {others}")
 
-    def __init__(self, version: object) -> None:
-        self.version = version
-        super().__init__(f"it was written for plugin API {version}, this kvquant has {API_VERSION}")
 
-
-def _check_capabilities(capabilities: object) -> None:
-    if not isinstance(capabilities, Capabilities):
-        raise PluginError(f"capabilities={capabilities!r} must be a Capabilities")
-    allowed: dict[str, tuple[object, ...]] = {"nbits": _WIDTHS, "axes": AXES, "formats": FORMATS}
-    for field in fields(Capabilities):
-        value = getattr(capabilities, field.name)
-        if field.name in ("nbits", "axes", "formats", "devices", "dtypes") and not (isinstance(value, tuple) and value):
-            raise PluginError(f"{field.name}={value!r} must be a tuple with something in it")
-        for item in allowed.get(field.name, ()) and value:
-            if item not in allowed[field.name]:
-                raise PluginError(f"{field.name} has {item!r}; only {', '.join(map(str, allowed[field.name]))} exist")
-    sizes = capabilities.group_sizes
-    if sizes is not None and not (
-        isinstance(sizes, tuple) and sizes and all(isinstance(size, int) and size > 0 for size in sizes)
-    ):
-        raise PluginError(f"group_sizes={sizes!r} must be None or a tuple of whole numbers above 0")
-    if capabilities.formats != ("opaque",) and "opaque" in capabilities.formats:
-        raise PluginError("the format 'opaque' cannot be mixed with others")
-    if any(axis not in AXES for axis in capabilities.axis_aliases.values()):
-        raise PluginError(f"axis_aliases={dict(capabilities.axis_aliases)!r} must map integers to 'channel' or 'token'")
+def _validation_problem(error: pluggy.PluginValidationError, manager: pluggy.PluginManager) -> str:
+    """Say in a line what pluggy says in several."""
+    unknown = [name for name in vars(manager.hook) if not name.startswith("_") and name != HOOK]
+    if unknown:
+        return f"it has a hook {', '.join(unknown)}, which kvquant does not know (it knows {HOOK})"
+    return f"its hook {HOOK} does not fit: {one_line(str(error).strip().splitlines()[-1])}"

@@ -1,234 +1,232 @@
-"""Backends by name: those that are installed, and those registered in-process, by one path."""
+"""Names to backends: `get_backend`, `list_backends`, `register`, and the environment's say in them."""
 
 from __future__ import annotations
 
-import importlib
 import os
-from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import cache, partial
 
-from kvquant import errors
-from kvquant.plugin.capabilities import Capabilities
-from kvquant.plugin.quantizer import Quantizer
-from kvquant.plugin.spec import BackendSpec, Scheme
-from kvquant.registry.availability import Availability, check_requirements
-from kvquant.registry.discovery import IN_PROCESS, Candidate, discover
-from kvquant.registry.hints import install_hint
-from kvquant.registry.loader import IncompatiblePluginError, check_spec, collect, load
+from kvquant.errors import (
+    BackendExistsError,
+    BackendNotRegisteredError,
+    BackendSpecError,
+    BackendUnavailableError,
+    BlockedBackendError,
+    BrokenBackendError,
+    DuplicateBackendError,
+    IncompatibleBackendError,
+    MissingRequirementError,
+    OptionValueError,
+    OutdatedRequirementError,
+    UnknownBackendError,
+)
+from kvquant.plugin.hookspecs import API_VERSION
+from kvquant.plugin.spec import BackendSpec
+from kvquant.registry.availability import Availability, Problem, Status, missing_requirements
+from kvquant.registry.backend import IN_PROCESS, Backend
+from kvquant.registry.discovery import InstalledPlugin, installed_plugins, normalise_distribution
+from kvquant.registry.hints import install_command, suggest
+from kvquant.registry.loader import DeclarationError, declared, is_foreign, load
+from kvquant.registry.validation import spec_problems
 
-BLOCK_VARIABLE, LOAD_VARIABLE = "KVQUANT_BLOCK_BACKENDS", "KVQUANT_LOAD_BACKENDS"
+BLOCK_VARIABLE = "KVQUANT_BLOCK_BACKENDS"
+ALLOW_VARIABLE = "KVQUANT_LOAD_BACKENDS"
 
+_registered: dict[str, BackendSpec] = {}
+_installed = cache(installed_plugins)
+_load = cache(load)
 
-@dataclass(frozen=True)
-class Backend:
-    """A backend, usable or not.
-
-    Attributes:
-        name: what users write.
-        distribution: who provides it, ``"in-process"`` for one registered by `register`.
-        version: that distribution's version.
-        availability: whether it can be used, and if not why.
-        spec: its declaration; None if it could not be read.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    availability: Availability
-    spec: BackendSpec | None = field(repr=False)
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What it can do.
-
-        Raises:
-            BackendUnavailableError: its declaration could not be read.
-        """
-        if self.spec is None:
-            raise self._unavailable()
-        return self.spec.capabilities
-
-    def require(self) -> None:
-        """Check that the backend can be used.
-
-        Raises:
-            BackendUnavailableError: saying why not and what to do.
-        """
-        if not self.availability.ok:
-            raise self._unavailable()
-
-    def create(self, scheme: Scheme) -> Quantizer:
-        """Make the object that does the work; its library is imported here, for the first time.
-
-        Raises:
-            BackendUnavailableError: it cannot be used.
-            PluginError: its factory could not be imported.
-            Whatever the factory raises for options that it does not like.
-        """
-        self.require()
-        factory = cast(BackendSpec, self.spec).factory
-        if isinstance(factory, str):
-            module, _, attribute = factory.partition(":")
-            try:
-                factory = getattr(importlib.import_module(module), attribute)
-            except (Exception, SystemExit) as cause:
-                raise errors.PluginError(
-                    f"backend {self.name!r} of {self.distribution} {self.version} could not be started: importing "
-                    f"{factory} failed: {type(cause).__name__}: {cause}"
-                ) from cause
-        return cast(Quantizer, factory(scheme))
-
-    def _unavailable(self) -> errors.BackendUnavailableError:
-        state = self.availability
-        return errors.BackendUnavailableError(self.name, state.status, state.reason, state.hint)
-
-
-# ------------------------------------------------------------------------------------------------ the registry
-
-_in_process: dict[str, BackendSpec] = {}
-_candidates: list[Candidate] | None = None
-_loaded: dict[Candidate, Backend] = {}
-
-
-def refresh() -> None:
-    """Forget what was discovered, so that the next look sees what has been installed since."""
-    global _candidates
-    _candidates = None
-    _loaded.clear()
-
-
-def register(backend: BackendSpec | Any, *, replace: bool = False) -> None:
-    """Add a backend to this process, for notebooks and tests.
-
-    Args:
-        backend: a `BackendSpec`, or any object or module with the hook `kvquant_register_backends`.
-        replace: whether it may take the place of one registered in-process before.
-
-    Raises:
-        PluginError: it does not fit the plugin contract.
-        DuplicateBackendError: the name is taken.
-    """
-    specs = [backend] if isinstance(backend, BackendSpec) else collect(backend, repr(backend))
-    for spec in specs:
-        check_spec(spec)
-    installed = {candidate.name: candidate.distribution for candidate in _discovered()}
-    checked = [spec for spec in specs if isinstance(spec, BackendSpec)]
-    for spec in checked:
-        if spec.name in installed:
-            raise errors.DuplicateBackendError(spec.name, [installed[spec.name], IN_PROCESS])
-        if spec.name in _in_process and not replace:
-            raise errors.DuplicateBackendError(spec.name, [IN_PROCESS])
-    _in_process.update({spec.name: spec for spec in checked})
-
-
-def unregister(name: str) -> None:
-    """Take back what `register` added.
-
-    Raises:
-        UnknownBackendError: no backend of that name was registered in-process.
-    """
-    if name.lower() not in _in_process:
-        raise errors.UnknownBackendError(name, sorted(_in_process))
-    del _in_process[name.lower()]
-
-
-def list_backends() -> list[Backend]:
-    """Return every backend, usable or not, sorted by name; no backend's library is imported."""
-    candidates = _discovered()
-    names = [candidate.name for candidate in candidates]
-    backends = [_backend(candidate, duplicates=names.count(candidate.name)) for candidate in candidates]
-    backends += [Backend(name, IN_PROCESS, "", _availability(spec), spec) for name, spec in _in_process.items()]
-    return sorted(backends, key=lambda backend: (backend.name, backend.distribution))
+_STATUS: dict[type[BackendUnavailableError], Status] = {
+    MissingRequirementError: "missing",
+    OutdatedRequirementError: "missing",
+    IncompatibleBackendError: "incompatible",
+    BrokenBackendError: "broken",
+    DuplicateBackendError: "duplicate",
+    BlockedBackendError: "blocked",
+}
 
 
 def get_backend(name: str) -> Backend:
-    """Return a backend by name, upper or lower case, or by ``"distribution:name"`` where two have the same.
+    """Return the backend of that name; imports its plugin's light module, not its library.
 
-    A backend whose library is missing is returned, so that it can be looked at; `Backend.require` and
-    `Backend.create` refuse it.
+    Args:
+        name: a backend's name in any case, or ``"distribution:name"``.
+
+    Returns:
+        The backend. A library that it needs may still be missing: `Backend.require` tells, and `Backend.create`.
 
     Raises:
-        UnknownBackendError: there is none of that name.
-        DuplicateBackendError: two distributions have one, and the name does not say which.
-        BackendUnavailableError: it is blocked, broken or made for another plugin API.
+        UnknownBackendError: nothing of that name is installed or registered.
+        DuplicateBackendError: several distributions provide it; ``"distribution:name"`` chooses.
+        BlockedBackendError: the environment forbids it.
+        BrokenBackendError: its plugin fails to load, or (IncompatibleBackendError) is for another plugin API.
+        OptionValueError: `name` is not a string.
     """
-    wanted, chosen = name.strip().lower(), ""
-    if ":" in wanted:
-        chosen, _, wanted = wanted.partition(":")
-    matching = [
-        backend
-        for backend in list_backends()
-        if backend.name == wanted and (not chosen or _normal(backend.distribution) == _normal(chosen))
-    ]
-    if not matching:
-        known = sorted({backend.name for backend in list_backends()})
-        raise errors.UnknownBackendError(name, known, install_hint(wanted))
-    if len(matching) > 1:
-        raise errors.DuplicateBackendError(wanted, [backend.distribution for backend in matching])
-    backend = matching[0]
-    if chosen and backend.availability.status == "duplicate":
-        candidate = next(c for c in _discovered() if (c.name, c.distribution) == (wanted, backend.distribution))
-        backend = _backend(candidate, duplicates=1)
-    if backend.availability.status not in ("ok", "missing"):
+    backend = find_backend(name)
+    if backend.availability.status != "missing":
         backend.require()
     return backend
 
 
-def _discovered() -> list[Candidate]:
-    global _candidates
-    if _candidates is None:
-        _candidates = discover()
-    return _candidates
+def find_backend(name: str) -> Backend:
+    """Return the backend of that name, even a blocked or broken one, so that it can be looked at.
+
+    Args:
+        name: as for `get_backend`.
+
+    Raises:
+        UnknownBackendError, DuplicateBackendError, OptionValueError: as for `get_backend`.
+    """
+    key = _key(name)
+    distribution, _, plain = key.rpartition(":")
+    if plain in _registered and distribution in ("", IN_PROCESS):
+        return _registered_backend(_registered[plain])
+    named = [plugin for plugin in _installed() if plugin.name == plain]
+    if distribution:
+        wanted = normalise_distribution(distribution)
+        named = [plugin for plugin in named if normalise_distribution(plugin.distribution) == wanted]
+    if not named:
+        raise _unknown(name, key)
+    usable = [plugin for plugin in named if not _blocked(plugin)]
+    if len(usable) > 1:
+        raise DuplicateBackendError(plain, [plugin.distribution for plugin in usable])
+    return _backend(usable[0] if usable else named[0])
 
 
-def _backend(candidate: Candidate, duplicates: int) -> Backend:
-    blocked = _blocked(candidate.name)
-    if blocked is not None:
-        return Backend(candidate.name, candidate.distribution, candidate.version, blocked, None)
-    backend = _loaded.get(candidate) or _load(candidate)
-    _loaded[candidate] = backend
-    if duplicates > 1 and backend.availability.ok:
-        state = Availability(
-            "duplicate",
-            f"{duplicates} distributions have a backend of this name",
-            f"choose with '{candidate.distribution}:{candidate.name}'",
-        )
-        return Backend(candidate.name, candidate.distribution, candidate.version, state, backend.spec)
-    return backend
+def list_backends() -> list[Backend]:
+    """Return every backend, usable or not, sorted by name; imports plugins' light modules, not their libraries.
+
+    Installed backends appear once for each distribution that provides them, and those registered in this process in
+    place of installed ones of the same name. `Backend.availability` says whether and why not.
+    """
+    installed = [plugin for plugin in _installed() if plugin.name not in _registered]
+    usable = [plugin for plugin in installed if not _blocked(plugin)]
+    backends = [_registered_backend(spec) for spec in list(_registered.values())]
+    for plugin in installed:
+        rivals = [other.distribution for other in usable if other.name == plugin.name]
+        several = plugin in usable and len(rivals) > 1
+        backends.append(_backend(plugin, partial(DuplicateBackendError, plugin.name, rivals) if several else None))
+    return sorted(backends, key=lambda backend: (backend.name, backend.distribution))
 
 
-def _load(candidate: Candidate) -> Backend:
-    spec: BackendSpec | None = None
+def register(backend: object, *, replace: bool = False) -> None:
+    """Make backends known in this process, for example from a notebook.
+
+    Args:
+        backend: a `BackendSpec` (its factory may be the class itself), or any module or object with the hook
+            ``kvquant_register_backends``.
+        replace: whether to stand in for backends of the same name, installed or registered.
+
+    Raises:
+        BackendSpecError: the declaration cannot work.
+        IncompatibleBackendError: it was made for another version of the plugin API.
+        BackendExistsError: the name is taken and `replace` is false.
+    """
+    specs = [backend] if isinstance(backend, BackendSpec) else _declared(backend)
+    taken = {plugin.name: plugin.distribution for plugin in _installed()} | dict.fromkeys(_registered, "this process")
+    for position, spec in enumerate(specs):
+        if is_foreign(spec):
+            raise IncompatibleBackendError(spec.name, "this process", "", spec.api_version, API_VERSION)
+        problems = spec_problems(spec)
+        if not problems and spec.name in [other.name for other in specs[:position]]:
+            problems = ["it is declared twice"]
+        if problems:
+            raise BackendSpecError(f"backend {spec.name!r}", problems)
+        if spec.name in taken and not replace:
+            raise BackendExistsError(spec.name, taken[spec.name])
+    _registered.update({spec.name: spec for spec in specs})
+
+
+def unregister(name: str) -> None:
+    """Forget a backend that was registered in this process; an installed one of that name comes back.
+
+    Caches that use it keep working.
+
+    Args:
+        name: its name, in any case.
+
+    Raises:
+        BackendNotRegisteredError: it was not registered.
+    """
+    if _registered.pop(_key(name).removeprefix(f"{IN_PROCESS}:"), None) is None:
+        raise BackendNotRegisteredError(name, sorted(_registered))
+
+
+def refresh() -> None:
+    """Look for installed backends anew, for instance after an installation; registered ones stay."""
+    _installed.cache_clear()
+    _load.cache_clear()
+
+
+def _key(name: str) -> str:
+    if not isinstance(name, str):
+        raise OptionValueError("backend", name, "the name of a backend")
+    return name.strip().lower()
+
+
+def _declared(backend: object) -> list[BackendSpec]:
+    subject = f"{type(backend).__name__} object"
     try:
-        spec = load(candidate)
-        state = check_requirements(spec)
-    except IncompatiblePluginError as error:
-        newer = isinstance(error.version, int) and error.version > 1
-        hint = "upgrade kvquant" if newer else f"upgrade {candidate.distribution}"
-        state = Availability("incompatible", str(error), hint)
-    except errors.PluginError as error:
-        state = Availability("broken", str(error), f"report it to the makers of {candidate.distribution}")
-    return Backend(candidate.name, candidate.distribution, candidate.version, state, spec)
+        specs = declared(backend)
+    except DeclarationError as error:
+        raise BackendSpecError(subject, [str(error)]) from error
+    if not specs:
+        raise BackendSpecError(subject, ["it declares no backend"])
+    return specs
 
 
-def _availability(spec: BackendSpec) -> Availability:
-    return _blocked(spec.name) or check_requirements(spec)
+# ------------------------------------------------------------------------------------------------ one backend
 
 
-def _blocked(name: str) -> Availability | None:
-    """Say whether the user's environment keeps a backend out; its plugin is then not even imported."""
-    if name in _names(BLOCK_VARIABLE):
-        return Availability("blocked", f"{BLOCK_VARIABLE} names it", f"take it out of {BLOCK_VARIABLE}")
-    allowed = _names(LOAD_VARIABLE)
-    if allowed and name not in allowed:
-        return Availability("blocked", f"{LOAD_VARIABLE} is set and does not name it", f"add it to {LOAD_VARIABLE}")
+def _backend(plugin: InstalledPlugin, duplicate: Problem | None = None) -> Backend:
+    origin = (plugin.name, plugin.distribution, plugin.version)
+    problem: Problem | None = _blocked(plugin)
+    if problem:
+        return Backend(*origin, _availability(problem), None, problem)
+    loaded = _load(plugin)
+    spec = loaded if isinstance(loaded, BackendSpec) else None
+    if isinstance(loaded, BackendSpec):
+        problem = duplicate or missing_requirements(loaded, plugin.distribution)
+    else:
+        problem = duplicate or loaded
+    return Backend(*origin, _availability(problem), spec, problem)
+
+
+def _registered_backend(spec: BackendSpec) -> Backend:
+    problem = missing_requirements(spec, IN_PROCESS)
+    return Backend(spec.name, IN_PROCESS, "", _availability(problem), spec, problem)
+
+
+def _availability(problem: Problem | None) -> Availability:
+    if problem is None:
+        return Availability("ok")
+    error = problem()
+    return Availability(_STATUS[type(error)], error.reason, error.hint)
+
+
+def _unknown(name: str, key: str) -> UnknownBackendError:
+    usable = [plugin for plugin in _installed() if not _blocked(plugin)]
+    names = sorted({plugin.name for plugin in usable} | set(_registered))
+    alike = names
+    if ":" in key:
+        alike = names + [f"{plugin.distribution}:{plugin.name}".lower() for plugin in usable]
+    suggestions = suggest(key, alike)
+    return UnknownBackendError(name, names, suggestions, install_command([key, *suggestions], alike))
+
+
+# ------------------------------------------------------------------------------------------------ the environment
+
+
+def _blocked(plugin: InstalledPlugin) -> Problem | None:
+    """Return what the environment has against `plugin`; asked anew each time, as the environment may change."""
+    for variable, names_block in ((BLOCK_VARIABLE, True), (ALLOW_VARIABLE, False)):
+        value = os.environ.get(variable, "")
+        named = {_environment_name(item) for item in value.split(",") if item.strip()}
+        is_named = not named.isdisjoint((plugin.name, _environment_name(f"{plugin.distribution}:{plugin.name}")))
+        if named and is_named == names_block:
+            return partial(BlockedBackendError, plugin.name, variable, value, listed=names_block)
     return None
 
 
-def _names(variable: str) -> set[str]:
-    return {name.strip().lower() for name in os.environ.get(variable, "").split(",") if name.strip()}
-
-
-def _normal(distribution: str) -> str:
-    """Return a distribution's name as package indexes compare it."""
-    return distribution.lower().replace("_", "-").replace(".", "-")
+def _environment_name(item: str) -> str:
+    distribution, colon, name = item.strip().lower().rpartition(":")
+    return f"{normalise_distribution(distribution)}{colon}{name}"

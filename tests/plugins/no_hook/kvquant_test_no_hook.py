@@ -1,0 +1,3 @@
+"""A plugin without any hook."""
+
+VALUE = 1

@@ -1,0 +1,90 @@
+"""``kvquant info``."""
+
+from __future__ import annotations
+
+import json
+
+import pluggy
+import pytest
+
+GOOD = f"""\
+good
+A plugin as it should be
+
+available       yes
+distribution    kvquant-good 1.2
+url             https://example.org/good
+requires        pluggy>=1.0 ({pluggy.__version__} is installed)
+bits            2, 4
+axes            channel, token
+integer axes    0 = channel, -1 = token
+group sizes     32, 64
+devices         cpu, cuda
+dtypes          float32, float16, bfloat16
+formats         affine
+deterministic   no
+options         rounds: how often to look again
+"""
+
+
+def test_everything_about_a_backend(kvquant, install):
+    """All that its declaration says, and where it comes from."""
+    install("good")
+    result = kvquant("info", "Good")
+    assert (result.exit_code, result.stdout) == (0, GOOD)
+
+
+def test_a_backend_without_its_library(kvquant, install):
+    """Is shown, with the reason and the next step."""
+    install("missing_requirement")
+    result = kvquant("info", "missing-requirement")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert "available       missing" in lines
+    assert "next step       pip install 'kvquant-missing-requirement[library]'" in lines
+    assert any(line.startswith("reason          it needs a-library-that-is-not-there>=2.0 (not inst") for line in lines)
+    assert any(
+        line.startswith("requires        a-library-that-is-not-there>=2.0 (not installed), pl") for line in lines
+    )
+
+
+@pytest.mark.parametrize("name", ["broken-import", "newer-api"])
+def test_a_backend_that_cannot_be_loaded(kvquant, install, name):
+    """Is shown as far as it is known."""
+    install(name.replace("-", "_"))
+    result = kvquant("info", name)
+    assert result.exit_code == 0
+    assert f"distribution    kvquant-{name} 1.0\n" in result.stdout
+    assert "reason " in result.stdout
+    assert "bits" not in result.stdout
+
+
+def test_an_unknown_name(kvquant):
+    """Is an error with the closest name."""
+    result = kvquant("info", "refrence")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: unknown backend 'refrence'. Did you mean 'reference'? Installed: ")
+
+
+def test_two_backends_of_one_name(kvquant, install):
+    """Are an error that says how to choose, and choosing works."""
+    install("duplicate_a", "duplicate_b")
+    result = kvquant("info", "twin")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("choose one by writing 'kvquant-twin-a:twin' or 'kvquant-twin-b:twin'\n")
+    assert "distribution    kvquant-twin-b 2.0\n" in kvquant("info", "kvquant-twin-b:twin").stdout
+
+
+def test_json(kvquant, install):
+    """The same as in the listing."""
+    install("good")
+    one = json.loads(kvquant("info", "good", "--json").stdout)
+    assert one in json.loads(kvquant("list-backends", "--json").stdout)
+
+
+def test_a_plugin_gives_no_orders_to_the_terminal(kvquant, install):
+    """Control characters in what it says of itself are left out."""
+    install("noisy")
+    output = kvquant("info", "noisy").stdout
+    assert "loud[2J and clear" in output
+    assert "\x1b" not in output
