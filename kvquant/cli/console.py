@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 #: Columns for tables that go to a file or a pipe, which have no width of their own.
-PIPE_WIDTH = 120
+PIPE_WIDTH = 160
 
 
 def console() -> Console:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-import click
-
 from kvquant.plugin.spec import Requirement
 from kvquant.registry import Backend
 from kvquant.registry.availability import installed_version
@@ -17,7 +15,8 @@ from kvquant.registry.guard import one_line
 T = TypeVar("T")
 Facts = dict[str, object]
 
-COLOURS = {"ok": "green", "missing": "yellow", "blocked": "yellow"}
+#: How a table shows a backend that cannot be used.
+STYLES = {"missing": "yellow", "blocked": "yellow", "incompatible": "red", "broken": "red", "duplicate": "red"}
 
 
 def quietly(look_up: Callable[[], T]) -> T:
@@ -57,11 +56,6 @@ def facts(backend: Backend) -> Facts:
 def status_word(backend: Backend) -> str:
     """Return the status in the words of a table: ``"yes"`` for one that can be used."""
     return "yes" if backend.availability.ok else backend.availability.status
-
-
-def coloured(text: str, status: str) -> str:
-    """Return `text` in the colour of `status`; `click.echo` leaves colours out where there is no terminal."""
-    return click.style(text, fg=COLOURS.get(status, "red"))
 
 
 def clean(text: object) -> str:

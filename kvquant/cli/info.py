@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable
 
 import click
 
 from kvquant import registry
-from kvquant.cli.columns import paragraph, terminal_width
-from kvquant.cli.describe import clean, coloured, facts, quietly, status_word
+from kvquant.cli.describe import clean, facts, quietly, status_word
 from kvquant.errors import origin
 from kvquant.plugin.spec import BackendSpec, Requirement
 from kvquant.registry.availability import installed_version, requirement_text
-
-_INDENT = 16
 
 
 @click.command()
@@ -29,41 +28,36 @@ def info(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts(backend), indent=2))
         return
-    click.echo(click.style(clean(backend.name), bold=True))
-    if backend.spec and backend.spec.summary:
-        click.echo("\n".join(paragraph(clean(backend.spec.summary), terminal_width(), "")))
-    click.echo()
     state = backend.availability
-    _show("available", coloured(status_word(backend), state.status))
-    _show("reason", clean(state.reason) if state.reason else None)
-    _show("next step", clean(state.hint) if state.hint else None)
-    _show("distribution", clean(origin(backend.distribution, backend.version)))
-    if backend.spec:
-        _show_spec(backend.spec)
+    rows = [("available", status_word(backend))]
+    rows += [("reason", clean(state.reason))] if state.reason else []
+    rows += [("next step", clean(state.hint))] if state.hint else []
+    rows.append(("distribution", clean(origin(backend.distribution, backend.version))))
+    rows += _spec_rows(backend.spec) if backend.spec else []
+    page = click.HelpFormatter(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000)
+    summary = backend.spec.summary if backend.spec else ""
+    page.write_heading(clean(backend.name) + (f", {clean(summary)}" if summary else ""))
+    page.indent()
+    page.write_dl(rows)
+    click.echo(page.getvalue().rstrip())
 
 
-def _show_spec(spec: BackendSpec) -> None:
+def _spec_rows(spec: BackendSpec) -> list[tuple[str, str]]:
     can = spec.capabilities
-    _show("url", clean(spec.url) if spec.url else None)
-    _show("requires", _items(map(_requirement, spec.requires), none="nothing"))
-    _show("bits", _items(can.nbits))
-    _show("axes", _items(can.axes))
-    _show("integer axes", _items((f"{number} = {axis}" for number, axis in can.axis_aliases.items())))
-    _show("group sizes", _items(can.group_sizes) if can.group_sizes else "any")
-    _show("devices", _items(can.devices))
-    _show("dtypes", _items(can.dtypes))
-    _show("formats", _items(can.formats))
-    _show("deterministic", "yes" if can.deterministic else "no")
-    _show("options", None if can.options else "none")
-    for option, explanation in can.options.items():
-        _show("options" if option == next(iter(can.options)) else "", f"{clean(option)}: {clean(explanation)}")
-
-
-def _show(label: str, text: str | None) -> None:
-    """Print one labelled line, wrapped on a terminal; nothing for None."""
-    if text is not None:
-        first, *others = paragraph(text, terminal_width(), " " * _INDENT)
-        click.echo("\n".join([label.ljust(_INDENT) + first[_INDENT:], *others]))
+    rows = [("url", clean(spec.url))] if spec.url else []
+    return [
+        *rows,
+        ("requires", _items(map(_requirement, spec.requires), none="nothing")),
+        ("bits", _items(can.nbits)),
+        ("axes", _items(can.axes)),
+        ("integer axes", _items(f"{number} = {axis}" for number, axis in can.axis_aliases.items())),
+        ("group sizes", _items(can.group_sizes) if can.group_sizes else "any"),
+        ("devices", _items(can.devices)),
+        ("dtypes", _items(can.dtypes)),
+        ("formats", _items(can.formats)),
+        ("deterministic", "yes" if can.deterministic else "no"),
+        ("options", _items((f"{option}: {explanation}" for option, explanation in can.options.items()))),
+    ]
 
 
 def _items(values: Iterable[object], none: str = "none") -> str:

@@ -9,11 +9,11 @@ from itertools import pairwise
 import click
 
 from kvquant import registry
-from kvquant.cli.columns import columns, paragraph, terminal_width
-from kvquant.cli.describe import clean, coloured, facts, quietly, status_word
+from kvquant.cli.console import console
+from kvquant.cli.describe import STYLES, clean, facts, quietly, status_word
 from kvquant.registry import Backend
 
-_HEADINGS = ("NAME", "VERSION", "DISTRIBUTION", "AVAILABLE", "BITS", "AXES", "FORMATS")
+_HEADINGS = ("name", "version", "distribution", "available", "bits", "axes", "formats")
 
 
 @click.command("list-backends")
@@ -27,14 +27,20 @@ def list_backends(as_json: bool) -> None:
     if not backends:
         click.echo("No backends are installed.", err=True)
         return
-    width = terminal_width()
-    heading, *rows = columns([_HEADINGS, *map(_cells, backends)], width)
-    click.echo(click.style("\n".join(heading), bold=True))
-    for backend, lines in zip(backends, rows, strict=True):
+    from rich.table import Table
+
+    out = console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in _HEADINGS:
+        table.add_column(heading, no_wrap=heading == "name", overflow="fold")
+    for backend in backends:
+        table.add_row(*_cells(backend), style="" if backend.availability.ok else STYLES[backend.availability.status])
+    out.print(table, markup=False)
+    for backend in backends:
         state = backend.availability
-        click.echo("\n".join(lines) if state.ok else coloured("\n".join(lines), state.status))
         if not state.ok:
-            click.echo("\n".join(paragraph(f"{clean(state.reason)}. Next step: {clean(state.hint)}", width, "  ")))
+            reason = f"{clean(backend.name)}: {clean(state.reason)}. Next step: {clean(state.hint)}"
+            out.print(reason, markup=False, soft_wrap=not out.is_terminal)
 
 
 def _cells(backend: Backend) -> tuple[str, ...]:
@@ -42,15 +48,15 @@ def _cells(backend: Backend) -> tuple[str, ...]:
     if backend.spec is None:
         return (*origin, "-", "-", "-")
     can = backend.capabilities
-    return (*origin, _ranges(can.nbits), " ".join(can.axes), " ".join(can.formats))
+    return (*origin, _ranges(can.nbits), ", ".join(can.axes), ", ".join(can.formats))
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return ``"1-4 8"`` for 1, 2, 3, 4, 8."""
+    """Return ``"1-4, 8"`` for 1, 2, 3, 4, 8."""
     runs: list[list[int]] = [[]]
     ordered = sorted(set(numbers))
     for number, following in pairwise([*ordered, ordered[-1] + 2]):
         runs[-1].append(number)
         if following != number + 1:
             runs.append([])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs if run)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs if run)

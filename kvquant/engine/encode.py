@@ -70,7 +70,7 @@ class Encoder:
         where: the layer, for messages.
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
-        formats: formats that the backend declared.
+        formats: formats that the backend declared; opaque stands alone.
     """
 
     backend: str
@@ -117,7 +117,7 @@ class Encoder:
             yield start, min(start + step, tokens)
 
     def _encode_chunk(self, states: Tensor) -> list[Piece]:
-        if self.formats == ("opaque",):
+        if "opaque" in self.formats:
             return self._encode_opaque(states)
         # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
         rows_per_call = max(1, CHUNK_ELEMENTS // (states[0].numel() or 1))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvquant._version import __version__
 from kvquant.engine.memory import tensor_bytes
+from kvquant.errors import MissingExtraError
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -141,16 +142,14 @@ def resident_bytes() -> int:
     """Return the resident set of this process in bytes.
 
     Raises:
-        ImportError: this is not Linux, and psutil is not installed.
+        MissingExtraError: this is not Linux, and psutil is not installed.
     """
     if _STATUS.exists():
         return _status_bytes("VmRSS")
     try:
         psutil = importlib.import_module("psutil")  # not by a statement: it ships no types
     except ImportError as cause:
-        raise ImportError(
-            "measuring memory on this system needs psutil. Run: pip install 'kvquant[eval]'", name="psutil"
-        ) from cause
+        raise MissingExtraError("psutil", "pip install 'kvquant[eval]'") from cause
     return int(psutil.Process().memory_info().rss)
 
 

@@ -89,6 +89,9 @@ def _capability_problems(capabilities: Any) -> list[str]:
     ]
     if capabilities.group_sizes is not None:
         problems.append(_items_problem("group_sizes", capabilities.group_sizes, is_size, "positive integers, or None"))
+    if not problems[2] and "opaque" in capabilities.formats and len(capabilities.formats) > 1:
+        # Whether a block can be read without the plugin must be known before it is written.
+        problems.append(f"formats={capabilities.formats!r}: 'opaque' stands alone")
     if not isinstance(capabilities.deterministic, bool):
         problems.append(f"deterministic={capabilities.deterministic!r} must be True or False")
     return [problem for problem in problems if problem]

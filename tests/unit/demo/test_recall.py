@@ -63,6 +63,18 @@ def test_training_row_weighs_answers_and_ignores_stated_values() -> None:
     assert answers > 50
 
 
+def test_new_paragraph_follows_sentences_about_keys_which_are_not_targets() -> None:
+    rng = np.random.default_rng(0)
+    prose = np.array(encode_characters("abcdefghijklmnopqrstuvwxyz.\n" * 80), dtype=np.int64)
+    for _ in range(20):
+        row = recall_row(prose, 1024, 1.0, encode_characters, rng)
+        after_answers = [line for line in decode_characters(row.ids.tolist()).split("\n")[1:-1] if line[0].islower()]
+        assert after_answers
+        assert all(line.startswith("abc") for line in after_answers)
+        targets = decode_characters(row.ids[row.weights > 0].tolist())
+        assert not any(word in targets for word in ("What", "Remember", "stated"))
+
+
 def test_repeated_segment_is_a_target_only_the_second_time() -> None:
     rng = np.random.default_rng(0)
     prose = np.arange(256, dtype=np.int64)

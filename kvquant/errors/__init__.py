@@ -1,0 +1,111 @@
+"""Every error that kvquant raises, with its message, in one place.
+
+Each is also a natural builtin, so that code which knows nothing of kvquant can catch it, and carries its parts as
+attributes, so that code need not parse text::
+
+    KVQuantError
+    ├── ConfigError (ValueError)            an option, before anything runs
+    │   ├── UnknownOptionError              a misspelt option or preset
+    │   ├── OptionValueError                a value that can never work
+    │   └── UnsupportedError                a value that this backend or model cannot do
+    ├── BackendError                        a backend, or the declaration of one
+    │   ├── UnknownBackendError (ValueError)        no installed backend has that name
+    │   ├── BackendUnavailableError (ImportError)   there is one, and it cannot be used
+    │   │   ├── DuplicateBackendError       several distributions provide it
+    │   │   ├── BlockedBackendError         an environment variable forbids it
+    │   │   ├── BrokenBackendError          its plugin fails to load
+    │   │   │   └── IncompatibleBackendError    ... being written for another plugin API
+    │   │   ├── MissingRequirementError     a distribution that it needs is not installed
+    │   │   │   └── OutdatedRequirementError    ... or is too old
+    │   │   └── BackendImportError          its quantizer fails to import
+    │   ├── BackendFactoryError (RuntimeError)      its factory raised
+    │   ├── BackendSpecError (ValueError)           a declaration that cannot work
+    │   ├── BackendExistsError (ValueError)         registered under a name that is taken
+    │   └── BackendNotRegisteredError (ValueError)  unregistered without having been registered
+    ├── StatesError (ValueError)            key and value states that do not fit the cache
+    │   └── NonFiniteStatesError            NaN or infinity in them
+    ├── CropError (ValueError)              a crop that the cache cannot do
+    ├── BackendContractError (TypeError)    a plugin returned something else than it promised
+    ├── QuantizationError (RuntimeError)    a plugin raised while quantising or dequantising
+    ├── StaleStatesError (RuntimeError)     states read after the cache behind them has changed
+    ├── ReadOnlyStatesError (RuntimeError)  states written to
+    ├── ModelLoadError (OSError)            a model that could not be loaded
+    ├── MissingExtraError (ImportError)     a library that only an extra brings
+    └── PendingAssignmentError (RuntimeError)  keys were assigned, and values that fit them were not
+"""
+
+from kvquant.errors.base import (
+    KVQuantError,
+    did_you_mean,
+    listing,
+    origin,
+)
+from kvquant.errors.config import (
+    ConfigError,
+    OptionValueError,
+    UnknownOptionError,
+    UnsupportedError,
+)
+from kvquant.errors.registry import (
+    BackendError,
+    BackendExistsError,
+    BackendFactoryError,
+    BackendImportError,
+    BackendNotRegisteredError,
+    BackendSpecError,
+    BackendUnavailableError,
+    BlockedBackendError,
+    BrokenBackendError,
+    DuplicateBackendError,
+    IncompatibleBackendError,
+    MissingRequirementError,
+    OutdatedRequirementError,
+    UnknownBackendError,
+)
+from kvquant.errors.states import (
+    BackendContractError,
+    CropError,
+    MissingExtraError,
+    ModelLoadError,
+    NonFiniteStatesError,
+    PendingAssignmentError,
+    QuantizationError,
+    ReadOnlyStatesError,
+    StaleStatesError,
+    StatesError,
+)
+
+__all__ = [
+    "KVQuantError",
+    "did_you_mean",
+    "listing",
+    "origin",
+    "ConfigError",
+    "OptionValueError",
+    "UnknownOptionError",
+    "UnsupportedError",
+    "BackendError",
+    "BackendExistsError",
+    "BackendFactoryError",
+    "BackendImportError",
+    "BackendNotRegisteredError",
+    "BackendSpecError",
+    "BackendUnavailableError",
+    "BlockedBackendError",
+    "BrokenBackendError",
+    "DuplicateBackendError",
+    "IncompatibleBackendError",
+    "MissingRequirementError",
+    "OutdatedRequirementError",
+    "UnknownBackendError",
+    "BackendContractError",
+    "CropError",
+    "MissingExtraError",
+    "ModelLoadError",
+    "NonFiniteStatesError",
+    "PendingAssignmentError",
+    "QuantizationError",
+    "ReadOnlyStatesError",
+    "StaleStatesError",
+    "StatesError",
+]

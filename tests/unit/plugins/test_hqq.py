@@ -1,0 +1,76 @@
+"""The hqq backend: what hqq makes of a row that is alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hqq.core.quantize import Quantizer as Library
+from torch import Tensor
+
+from tests.unit.plugins.conftest import quantizer, read
+
+WIDTHS = (1, 2, 3, 4, 8)
+
+
+def library(rows: Tensor, nbits: int, *, optimize: bool) -> Tensor:
+    """Dequantise what hqq makes of rows in one call."""
+    codes, meta = Library.quantize(
+        rows, nbits=nbits, axis=1, group_size=rows.shape[1], optimize=optimize, bitpack=False, device="cpu"
+    )
+    return (codes - meta["zero"]) * meta["scale"]
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+def test_without_optimisation_states_are_hqq_s(nbits: int, random_rows: Tensor) -> None:
+    """Plain min/max treats each row alone in the library too."""
+    ours = read(quantizer("hqq", nbits, optimize=False).quantize(random_rows))
+    torch.testing.assert_close(ours, library(random_rows, nbits, optimize=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+def test_states_are_hqq_s_for_each_row_alone(nbits: int, random_rows: Tensor) -> None:
+    """Row by row.
+
+    Where two steps of hqq leave the same mean error, the last digit of a float32 sum decides in the library whether
+    it goes on, so a share of the rows may stop a step apart, at the same error.
+    """
+    ours = read(quantizer("hqq", nbits).quantize(random_rows))
+    theirs = torch.cat([library(row, nbits, optimize=True) for row in random_rows.split(1)])
+    equal = torch.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all(dim=1)
+    assert equal.float().mean() > 0.8
+    errors = [(states - random_rows).abs().mean() for states in (ours, theirs)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=2e-3, atol=0)
+
+
+def test_hqq_itself_lets_neighbours_change_a_row(random_rows: Tensor) -> None:
+    """Why the loop is ours. Should this fail, the library has learnt it and the loop can go."""
+    together = library(random_rows, 2, optimize=True)
+    alone = torch.cat([library(row, 2, optimize=True) for row in random_rows.split(1)])
+    assert not torch.isclose(together, alone, rtol=1e-3, atol=1e-3).all(dim=1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+def test_optimisation_lowers_the_error(nbits: int, random_rows: Tensor) -> None:
+    """On by default, and better than min/max in the mean."""
+    error = {
+        optimize: (read(quantizer("hqq", nbits, **optimize_option).quantize(random_rows)) - random_rows).abs().mean()
+        for optimize, optimize_option in ((True, {}), (False, {"optimize": False}))
+    }
+    assert error[True] < error[False]
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+@pytest.mark.parametrize("power", [-90, -20, -10, 40, 90])
+def test_min_max_is_within_half_a_step_at_any_magnitude(nbits: int, power: int, random_rows: Tensor) -> None:
+    """hqq cuts scales off at absolute limits: 8 bits of rows narrower than 0.013 get fewer. Here they do not."""
+    rows = random_rows * 2.0**power
+    result = quantizer("hqq", nbits, optimize=False).quantize(rows)
+    allowed = (rows.amax(1) - rows.amin(1)) / (2**nbits - 1) / 2 * 1.001
+    assert ((read(result) - rows).abs().amax(1) <= allowed).all()
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_optimize_is_a_truth_value(value: object) -> None:
+    """The message names the option, the value and what works."""
+    with pytest.raises(ValueError, match=rf"^optimize={value!r} is not supported; supported: True, False$"):
+        quantizer("hqq", 4, optimize=value)

@@ -1,0 +1,66 @@
+"""The reference backend: min/max, every number within half a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.unit.plugins.conftest import HARD_ROWS, as_dtype, quantizer, read
+
+WIDTHS = (1, 2, 3, 4, 8)
+
+
+def assert_within_half_a_step(rows: Tensor, nbits: int) -> None:
+    """Up to rounding in the type of the scale, at the size of the row's numbers."""
+    result = quantizer("reference", nbits, rows.shape[1]).quantize(rows)
+    rounding = 2 * torch.finfo(result.scale.dtype).eps * rows.to(result.scale.dtype).abs().amax(1) + 3e-36
+    error = (read(result) - rows.to(result.scale.dtype)).abs().amax(1)
+    assert (error <= result.scale / 2 + rounding).all()
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", HARD_ROWS)
+def test_hard_rows_come_back_within_half_a_step(name: str, dtype: torch.dtype, nbits: int) -> None:
+    """Constant, zeros, one huge outlier, float16 near its limits, tiny, in every type."""
+    assert_within_half_a_step(as_dtype(HARD_ROWS[name], dtype), nbits)
+
+
+@settings(max_examples=100)
+@given(
+    nbits=st.sampled_from(WIDTHS),
+    numbers=st.lists(st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False), min_size=1, max_size=40),
+)
+def test_any_row_comes_back_within_half_a_step(nbits: int, numbers: list[float]) -> None:
+    """Whatever the numbers."""
+    assert_within_half_a_step(torch.tensor([numbers]), nbits)
+
+
+@pytest.mark.parametrize("nbits", WIDTHS)
+def test_scale_and_offset_are_the_paper_s(nbits: int, random_rows: Tensor) -> None:
+    """scale = (max - min) / (2**nbits - 1), offset = min; both ends of a row are hit."""
+    result = quantizer("reference", nbits).quantize(random_rows)
+    low, high = random_rows.amin(1), random_rows.amax(1)
+    assert torch.equal(result.scale, (high - low) / (2**nbits - 1))
+    assert torch.equal(result.offset, low)
+    assert (result.codes.amin(1) == 0).all()
+    assert (result.codes.amax(1) == 2**nbits - 1).all()
+
+
+def test_a_constant_row_has_scale_zero() -> None:
+    """And so comes back exactly."""
+    result = quantizer("reference", 2).quantize(HARD_ROWS["constant"])
+    assert (result.scale == 0).all()
+    assert (result.codes == 0).all()
+    assert torch.equal(read(result), HARD_ROWS["constant"])
+
+
+def test_double_rows_keep_double_scales() -> None:
+    """Steps far below float32's resolution are kept."""
+    rows = 1 + torch.rand(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-9
+    result = quantizer("reference", 8).quantize(rows)
+    assert result.scale.dtype == result.offset.dtype == torch.float64
+    assert (read(result) - rows).abs().max() < 1e-9 / 255

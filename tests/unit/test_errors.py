@@ -1,0 +1,52 @@
+"""Errors travel: between processes, and to code that knows nothing of kvquant."""
+
+import pickle
+
+import pytest
+
+from kvquant import errors
+
+EXAMPLES = [
+    errors.UnknownOptionError("option", "nbit", ["nbits"]),
+    errors.OptionValueError("nbits", 5, "one of 1, 2"),
+    errors.UnsupportedError("backend 'hqq'", ["nbits=3"], "layer 1"),
+    errors.NonFiniteStatesError("key", 3, 9, "layer 2"),
+    errors.CropError(-9, 5),
+    errors.QuantizationError("hqq", "key", 0, 64, RuntimeError("no"), "layer 2"),
+    errors.BackendContractError("hqq", "codes is list"),
+    errors.StaleStatesError("value"),
+    errors.ReadOnlyStatesError("add_"),
+    errors.PendingAssignmentError("key", 3, 5),
+    errors.ModelLoadError("model", OSError("not there\nmore")),
+    errors.UnknownBackendError("hqqq", ["hqq"]),
+    errors.MissingExtraError("psutil", "pip install 'kvquant[eval]'"),
+]
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_cross_a_process_boundary(error):
+    """Text and fields survive pickling."""
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301  # our own
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.OptionValueError, ValueError),
+        (errors.StatesError, ValueError),
+        (errors.CropError, ValueError),
+        (errors.BackendContractError, TypeError),
+        (errors.QuantizationError, RuntimeError),
+        (errors.BackendUnavailableError, ImportError),
+        (errors.UnknownBackendError, ValueError),
+        (errors.ModelLoadError, OSError),
+        (errors.MissingExtraError, ImportError),
+    ],
+)
+def test_errors_are_natural_builtins(error, builtin):
+    """Code that catches the builtin catches ours."""
+    assert issubclass(error, builtin)
+    assert issubclass(error, errors.KVQuantError)
