@@ -84,16 +84,11 @@ def _run(options: BenchOptions, progress: Progress) -> BenchReport:
 
 
 def _show(report: BenchReport) -> None:
-    from kvquant.cli.console import console
+    from kvquant.cli.console import console, machine_line
 
     screen = console()
-    machine, model, options = report.machine, report.model, report.options
-    screen.print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load {machine['load']}, "
-        f"on {machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"kvquant {machine['kvquant']}, Python {machine['python']}",
-        markup=False,
-    )
+    model, options = report.model, report.options
+    screen.print(machine_line(report.machine), markup=False)
     screen.print(
         f"{model['architecture']} ({model['name']}), {model['layers']} layers, hidden {model['hidden']}, "
         f"{model['heads']} query heads, {model['kv_heads']} key/value heads of {model['head_dim']}, {model['dtype']}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,12 +13,21 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 160
 
 
-def console() -> Console:
-    """Return a console on standard output."""
+def console(pipe_width: int = PIPE_WIDTH) -> Console:
+    """Return a console on standard output, `pipe_width` columns wide where that is no terminal."""
     from rich.console import Console
 
     terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=max(terminal.width, PIPE_WIDTH))
+    return terminal if terminal.is_terminal else Console(highlight=False, width=pipe_width)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Return what figures depend on, on one line; see `kvquant.evaluation.measure.describe_machine`."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load {machine['load']}, "
+        f"on {machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"kvquant {machine['kvquant']}, Python {machine['python']}"
+    )
 
 
 @contextlib.contextmanager

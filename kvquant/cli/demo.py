@@ -59,6 +59,7 @@ def demo(
 
     from kvquant.cli.console import progress_bar
     from kvquant.evaluation.compare import compare, total_steps
+    from kvquant.evaluation.measure import describe_machine
 
     loaded, tokenizer = _load(model or str(MODEL_DIR), device, dtype)
     ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
@@ -67,11 +68,15 @@ def demo(
     with progress_bar("Generating", total_steps(len(configs), max_new_tokens), quiet=as_json) as advance:
         comparisons = compare(loaded, ids, configs, max_new_tokens=max_new_tokens, progress=advance)
     if as_json:
-        texts = {"prompt_tokens": ids.shape[1], "full_text": tokenizer.decode(comparisons[0].full.tokens)}
+        texts = {
+            "machine": describe_machine(device),
+            "prompt_tokens": ids.shape[1],
+            "full_text": tokenizer.decode(comparisons[0].full.tokens),
+        }
         results = [{**one.to_dict(), "text": tokenizer.decode(one.quantized.tokens)} for one in comparisons]
         click.echo(json.dumps({**texts, "comparisons": results}, indent=2))
     else:
-        _show(comparisons, tokenizer, model or "the shipped model", ids.shape[1])
+        _show(comparisons, tokenizer, model or "the shipped model", ids.shape[1], describe_machine(device))
 
 
 def _widths(text: str) -> list[int]:
@@ -97,15 +102,18 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _show(comparisons: list[Comparison], tokenizer: Any, name: str, prompt_tokens: int) -> None:
+def _show(
+    comparisons: list[Comparison], tokenizer: Any, name: str, prompt_tokens: int, machine: dict[str, Any]
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from kvquant.cli.console import console
+    from kvquant.cli.console import console, machine_line
     from kvquant.engine.memory import format_bytes
 
-    out = console()
+    out = console(pipe_width=120)
     full = comparisons[0].full
+    out.print(machine_line(machine), style="dim", markup=False)
     out.print(f"\n{name} goes on from a prompt of {prompt_tokens} tokens, greedily.\n")
     out.rule("full-precision cache (DynamicCache)", align="left")
     out.print(Text(tokenizer.decode(full.tokens)), soft_wrap=False)

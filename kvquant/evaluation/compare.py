@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.config import CacheConfig
-from kvquant.engine.memory import tensor_bytes
 from kvquant.errors import OptionValueError
+from kvquant.evaluation.measure import held_bytes
 
 #: Called with the number of tokens done since the last call.
 Progress = Callable[[int], None]
@@ -178,8 +178,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, max_new_toke
     tokens = tuple(out[0, prompt.shape[1] :].tolist())
     length = int(cache.get_seq_length())
     if not isinstance(cache, QuantizedCache):
-        held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        return Run(tokens, tensor_bytes(held), clock.median_step(), cache_tokens=length)
+        return Run(tokens, held_bytes(cache), clock.median_step(), cache_tokens=length)
     report = cache.memory_report()
     quantized = max(layer.quantized_tokens for layer in report.layers)
     return Run(tokens, report.nbytes, clock.median_step(), report.bits_per_element, quantized, length)
