@@ -9,18 +9,19 @@ from torch import Tensor
 class TokenBuffer:
     """Tokens ``[batch, kv_heads, tokens, head_dim]`` in a preallocated tensor.
 
-    Appending writes into spare capacity; when that runs out, the tokens move once into a tensor an eighth (or
-    `slack`) larger, so that n appends cost O(n).
+    Appending writes into spare capacity. When that runs out the tokens move to the front, into the room that dropped
+    ones have left, or else into a tensor an eighth (or `slack`) larger, so that n appends cost O(n).
     """
 
-    def __init__(self, like: Tensor, slack: int) -> None:
+    def __init__(self, like: Tensor, slack: int, most: int) -> None:
         """Make an empty buffer.
 
         Args:
             like: ``[batch, kv_heads, any, head_dim]``, gives shape, dtype and device.
             slack: spare tokens to allow when the buffer is small.
+            most: tokens that it will hold at most, as far as is known; no room is made beyond them in advance.
         """
-        self._slack = slack
+        self._slack, self._most = slack, most
         self._start = self._stop = 0
         self.data = like.new_empty((*like.shape[:2], 0, like.shape[3]))
 
@@ -68,7 +69,7 @@ class TokenBuffer:
         self.data = self.data.to(device)
 
     def _capacity_for(self, tokens: int) -> int:
-        return tokens + max(self._slack, tokens // 8)
+        return max(tokens, min(self._most, tokens + max(self._slack, tokens // 8)))
 
     def _make_room(self, added: int) -> None:
         needed = len(self) + added

@@ -37,7 +37,7 @@ class Store:
         self.version = 0
         self.sink: Tensor | None = None
         self.body = Body(encoder, policy, like, body_device or like.device)
-        self.recent = TokenBuffer(like, policy.block)
+        self.recent = TokenBuffer(like, policy.block, policy.most_recent)
 
     # -------------------------------------------------------------------------------------------- shape
 

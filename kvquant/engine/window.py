@@ -31,6 +31,11 @@ class WindowPolicy:
         return max(0, (window - self.residual_length) // self.block) * self.block
 
     @property
+    def most_recent(self) -> int:
+        """Tokens that are in full precision and not set apart as sink, at most, between two updates."""
+        return self.sink_length + self.residual_length + self.block - 1
+
+    @property
     def page_tokens(self) -> int:
         """Tokens of the smallest page of the body: a multiple of the block, so that only a crop can split a group."""
         return -(-max(256, 2 * self.block) // self.block) * self.block

@@ -68,9 +68,10 @@ def test_new_paragraph_follows_sentences_about_keys_which_are_not_targets() -> N
     prose = np.array(encode_characters("abcdefghijklmnopqrstuvwxyz.\n" * 80), dtype=np.int64)
     for _ in range(20):
         row = recall_row(prose, 1024, 1.0, encode_characters, rng)
-        after_answers = [line for line in decode_characters(row.ids.tolist()).split("\n")[1:-1] if line[0].islower()]
-        assert after_answers
-        assert all(line.startswith("abc") for line in after_answers)
+        lines = decode_characters(row.ids.tolist()).split("\n")
+        paragraphs = [line for line in lines if line and line[0].islower()]
+        assert len(paragraphs) > 5
+        assert all(line[0] == "a" for line in paragraphs)
         targets = decode_characters(row.ids[row.weights > 0].tolist())
         assert not any(word in targets for word in ("What", "Remember", "stated"))
 
