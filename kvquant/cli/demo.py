@@ -48,9 +48,10 @@ def demo(
     """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other.")
-    from kvquant.engine.config import CacheConfig
+    from kvquant.engine.config import CacheConfig, device_name
     from kvquant.registry import get_backend
 
+    device_name(device)
     get_backend(backend).require()  # before the seconds that torch and the model take
     chosen = {"group_size": group_size, "residual_length": residual_length}
     options = {name: value for name, value in chosen.items() if value is not None}

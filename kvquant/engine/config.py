@@ -83,7 +83,7 @@ class CacheConfig:
             "layers": normalise_layers(self.layers),
             "skip_layers": _layer_numbers(self.skip_layers),
             "compute_dtype": _dtype_name(self.compute_dtype),
-            "device": _device_name(self.device),
+            "device": None if self.device is None else device_name(self.device),
             "options": dict(self.options),
         }
         for name, value in normal.items():
@@ -203,9 +203,12 @@ def _dtype_name(dtype: object) -> str | None:
     return name
 
 
-def _device_name(device: Any) -> str | None:
-    if device is None:
-        return None
+def device_name(device: Any) -> str:
+    """Return the name of a torch device, however it was given.
+
+    Raises:
+        OptionValueError: torch knows no such device.
+    """
     import torch
 
     try:
