@@ -9,10 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvquant.attention import tiles
 from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.engine import encode
 from kvquant.engine.config import CacheConfig
 from tests.support import FORMATS
 
@@ -118,27 +121,60 @@ def test_huge_scores_do_not_overflow():
     torch.testing.assert_close(fused, scaled_dot_product_attention(query, layer.keys, layer.values))
 
 
-@pytest.mark.parametrize("tokens", [500, 4000])
-def test_no_temporary_grows_with_the_context(tokens):
-    """Invariant 7: at eight times the context, the largest tensor made during a decode step is no larger."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+def test_attention_computes_in_the_dtype_asked_for(dtype, tolerance):
+    """`compute_dtype` trades digits for speed; the softmax itself stays in float32."""
+    layer, (keys, values) = filled(300, compute_dtype=dtype)
+    assert layer.stores[0].tile(0, 8).dtype == dtype
+    query = torch.randn(1, 4, 1, 16)
+    fused = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    assert fused.dtype == torch.float32
+    expected = reference(query, layer.keys, layer.values, None, is_causal=False, scale=None)
+    torch.testing.assert_close(fused.double(), expected, rtol=tolerance, atol=tolerance)
 
-    class Largest(TorchDispatchMode):
-        nbytes = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            held = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-            for made in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in held:
-                    self.nbytes = max(self.nbytes, made.nbytes)
-            return out
+class Largest(TorchDispatchMode):
+    """Notes the bytes of every tensor that is made and does not end up in `kept`."""
 
-    layer, _ = filled(tokens, heads=2, widths=(64, 64), group_size=32, residual_length=64)
-    with pytest.MonkeyPatch.context() as patch, Largest() as largest:
-        patch.setattr(tiles, "TILE_ELEMENTS", 1 << 14)
-        for _ in range(70):  # enough for a block to leave the window
-            keys, values = layer.update(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64))
-            scaled_dot_product_attention(torch.randn(1, 4, 1, 64), keys, values, enable_gqa=True)
-    new_page = max(256, tokens // 8) * 2 * 64 // 2  # what is stored grows; that is no temporary
-    assert largest.nbytes <= max(4 * (1 << 14) * 2, new_page)
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given_ = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_:
+                self.made.append((tensor.untyped_storage().data_ptr(), tensor.nbytes))
+        return out
+
+    def temporary(self, layer):
+        kept = {tensor.untyped_storage().data_ptr() for store in layer.stores for _, tensor, _ in store.parts()}
+        return max(nbytes for address, nbytes in self.made if address not in kept)
+
+
+def test_no_temporary_of_a_decode_step_grows_with_the_context():
+    """Invariant 7: at sixteen times the context, the largest tensor made on the way is no larger."""
+    sizes = {}
+    for tokens in (500, 8000):
+        layer, _ = filled(tokens, heads=2, widths=(64, 64), group_size=32, residual_length=64)
+        with pytest.MonkeyPatch.context() as patch, Largest() as largest:
+            patch.setattr(tiles, "TILE_ELEMENTS", 1 << 14)
+            for _ in range(70):  # enough for a block to leave the window
+                keys, values = layer.update(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64))
+                scaled_dot_product_attention(torch.randn(1, 4, 1, 64), keys, values, enable_gqa=True)
+        sizes[tokens] = largest.temporary(layer)
+    assert sizes[8000] <= sizes[500]
+
+
+def test_no_temporary_of_a_prefill_grows_with_its_length():
+    """Invariant 7: states are quantised in bounded chunks, straight into the pages where they stay."""
+    sizes = {}
+    for tokens in (1000, 40_000):
+        states = torch.randn(1, 1, 1, 64).expand(1, 2, tokens, 64)  # little memory, so that the test needs little
+        layer = QuantizedLayer(CacheConfig(backend="test-affine", group_size=32), 0)
+        with pytest.MonkeyPatch.context() as patch, Largest() as largest:
+            patch.setattr(encode, "CHUNK_ELEMENTS", 1 << 16)
+            layer.update(states, states)
+        sizes[tokens] = largest.temporary(layer)
+    assert sizes[40_000] <= sizes[1000]
