@@ -45,7 +45,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kvquant.demo.texts", description=__doc__)
     parser.add_argument("--text", type=Path, nargs="+", metavar="DIR_OR_DEB")
-    parser.add_argument("--page", default="tutorial/controlflow.html", help="document of the prompt")
+    parser.add_argument("--page", default="library/traceback.html", help="document of the prompt")
     parser.add_argument("--key", default="73915")
     args = parser.parse_args()
     corpus = build_corpus(args.text)
