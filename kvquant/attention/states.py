@@ -154,8 +154,8 @@ def _attention(
     if isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates) and type(query) is Tensor:
         key._check_fresh()
         value._check_fresh()
-        if dispatch.can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
-            return dispatch.attend(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+        if _can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
+            return dispatch.attend(query, key.store, value.store, attn_mask, is_causal=is_causal, scale=scale)
     return functional.scaled_dot_product_attention(
         _dense(query),
         _dense(key),
@@ -165,6 +165,34 @@ def _attention(
         is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
+    )
+
+
+def _can_attend(
+    query: Tensor, key: QuantizedStates, value: QuantizedStates, mask: Tensor | None, dropout: float, *, gqa: bool
+) -> bool:
+    """Whether attention over the stores does what torch would do for these arguments."""
+    if dropout or query.dim() != 4 or (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    if key.unfolded or value.unfolded or len(key.store) != len(value.store):
+        return False
+    heads_fit = query.shape[1] == key.shape[1] == value.shape[1] or (
+        gqa and key.shape[1] == value.shape[1] and query.shape[1] % key.shape[1] == 0
+    )
+    mask_fits = mask is None or (
+        mask.dim() <= 4
+        and not mask.requires_grad
+        and mask.dtype in (torch.bool, torch.float32, query.dtype)
+        and mask.shape[-1] in (1, key.shape[2])
+        and (mask.dim() < 3 or mask.shape[-3] in (1, query.shape[1]))
+    )
+    return (
+        heads_fit
+        and mask_fits
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[3] == key.shape[3]
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
     )
 
 

@@ -120,7 +120,7 @@ class Encoder:
         if "opaque" in self.formats:
             return self._encode_opaque(states)
         # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
-        rows_per_call = max(1, CHUNK_ELEMENTS // (states[0].numel() or 1))
+        rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
         parts = [self._encode_rows(part) for part in states.split(rows_per_call)]
         return list(self._by_scale_dtype(parts[0] if len(parts) == 1 else self._join(parts)))
 

@@ -90,3 +90,14 @@ def test_the_public_names():
         "KVQuantError",
         "__version__",
     ]
+
+
+def test_a_library_is_imported_when_its_backend_is_used_and_not_before():
+    """A cache of one backend leaves the libraries of the others alone (transformers itself imports hqq)."""
+    use = (
+        "import torch; from kvquant import QuantizedCache; states = torch.randn(1, 1, 300, 64); "
+        "QuantizedCache({!r}, nbits=4).update(states, states, 0)"
+    )
+    libraries = {"optimum.quanto", "bitsandbytes"}
+    assert libraries & set(imported_by(use.format("reference"))) == set()
+    assert libraries & set(imported_by(use.format("quanto"))) == {"optimum.quanto"}
