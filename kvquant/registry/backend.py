@@ -52,8 +52,8 @@ class Backend:
         """
         if self.spec is None:
             self.require()
-            raise AssertionError("a backend without declaration has a problem")  # pragma: no cover
-        return self.spec.capabilities
+        # A backend without a declaration has a problem, which `require` has raised.
+        return cast(BackendSpec, self.spec).capabilities
 
     def require(self) -> None:
         """Do nothing if the backend can be used.
