@@ -53,7 +53,7 @@ class Backend:
         if self.spec is None:
             self.require()
         # A backend without a declaration has a problem, which `require` has raised.
-        return cast(BackendSpec, self.spec).capabilities
+        return cast("BackendSpec", self.spec).capabilities
 
     def require(self) -> None:
         """Do nothing if the backend can be used.
