@@ -154,8 +154,12 @@ def _attention(
     if isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates) and type(query) is Tensor:
         key._check_fresh()
         value._check_fresh()
-        if _can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa):
-            return dispatch.attend(query, key.store, value.store, attn_mask, is_causal=is_causal, scale=scale)
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if _can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa, cast=dtype is not None):
+            with torch.autocast(kind, enabled=False):
+                out = dispatch.attend(query, key.store, value.store, attn_mask, is_causal=is_causal, scale=scale)
+            return out if dtype is None else out.to(dtype)
     return functional.scaled_dot_product_attention(
         _dense(query),
         _dense(key),
@@ -169,7 +173,14 @@ def _attention(
 
 
 def _can_attend(
-    query: Tensor, key: QuantizedStates, value: QuantizedStates, mask: Tensor | None, dropout: float, *, gqa: bool
+    query: Tensor,
+    key: QuantizedStates,
+    value: QuantizedStates,
+    mask: Tensor | None,
+    dropout: float,
+    *,
+    gqa: bool,
+    cast: bool,
 ) -> bool:
     """Whether attention over the stores does what torch would do for these arguments."""
     if dropout or query.dim() != 4 or (torch.is_grad_enabled() and query.requires_grad):
@@ -191,7 +202,7 @@ def _can_attend(
         and mask_fits
         and query.shape[0] == key.shape[0] == value.shape[0]
         and query.shape[3] == key.shape[3]
-        and query.dtype == key.dtype == value.dtype
+        and (cast or query.dtype == key.dtype == value.dtype)
         and query.device == key.device == value.device
     )
 
@@ -214,10 +225,13 @@ def _index(states: Any, index: Any) -> Tensor | None:
     if not isinstance(states, QuantizedStates) or states.unfolded:
         return None
     full = slice(None)
-    if isinstance(index, tuple) and index == (full, full, None, full, full) and states.repeats == 1:
-        return _again(states, repeats=1, unfolded=True)
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(not (item is Ellipsis or isinstance(item, (slice, int))) for item in items):
+    plain = (type(item) in (slice, int) or item is Ellipsis or item is None for item in items)
+    if not all(plain):
+        return None
+    if items == [full, full, None, full, full] and states.repeats == 1:
+        return _again(states, repeats=1, unfolded=True)
+    if None in items:
         return None
     if Ellipsis in items:
         at = items.index(Ellipsis)

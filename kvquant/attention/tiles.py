@@ -13,6 +13,8 @@ from kvquant.engine.store import Store
 
 #: Numbers that a tile's keys and values, or its scores, may have: 4 MiB in float32.
 TILE_ELEMENTS = 1 << 20
+#: Query tokens attended at once: more would shrink the tiles until merging them costs more than reading them.
+QUERY_TOKENS = 128
 _FEWEST_TOKENS = 32
 
 
@@ -34,31 +36,44 @@ def attend(
         ``[batch, query_heads, query_tokens, value_head_dim]`` in the dtype of `query`. A query that may see nothing
         gets zeros, as in torch.
     """
+    out = query.new_empty((*query.shape[:3], values.head_dim))
+    for first in range(0, query.shape[2], QUERY_TOKENS):
+        last = min(first + QUERY_TOKENS, query.shape[2])
+        rows = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
+        seen = torch.arange(first, last, device=query.device)[:, None] if is_causal else None
+        out[:, :, first:last] = _attend(query[:, :, first:last], keys, values, rows, seen, scale)
+    return out
+
+
+def _attend(
+    query: Tensor, keys: Store, values: Store, mask: Tensor | None, seen: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attend for a few query tokens; `seen` ``[query_tokens, 1]`` is the last token that each may see, if causal."""
     batch, query_heads, query_tokens, head_dim = query.shape
     groups = query_heads // keys.kv_heads
     scale = head_dim**-0.5 if scale is None else scale
-    folded = (query.to(keys.compute_dtype) * scale).reshape(batch, keys.kv_heads, groups * query_tokens, head_dim)
     shape = (batch, keys.kv_heads, groups, query_tokens)
-    stats = torch.promote_types(keys.compute_dtype, torch.float32)
+    # Scores and sums in float32 at least: in float16 a large score would overflow.
+    exact = torch.promote_types(keys.compute_dtype, torch.float32)
+    folded = (query.to(exact) * scale).reshape(batch, keys.kv_heads, groups * query_tokens, head_dim)
 
-    highest = torch.full((*shape, 1), -torch.inf, dtype=stats, device=query.device)
+    highest = torch.full((*shape, 1), -torch.inf, dtype=exact, device=query.device)
     total = torch.zeros_like(highest)
-    mixed = torch.zeros((*shape, values.head_dim), dtype=stats, device=query.device)
+    mixed = torch.zeros((*shape, values.head_dim), dtype=exact, device=query.device)
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * query_tokens)):
-        scores = (folded @ keys.tile(start, stop).transpose(-1, -2)).to(stats).reshape(*shape, stop - start)
+        scores = (folded @ keys.tile(start, stop).to(exact).transpose(-1, -2)).reshape(*shape, stop - start)
         if mask is not None:
             scores = _masked(scores, mask, start, stop)
-        if is_causal:
-            seen = torch.arange(query_tokens, device=query.device)[:, None]
+        if seen is not None:
             scores = scores.masked_fill(torch.arange(start, stop, device=query.device) > seen, -torch.inf)
         raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
         # While nothing may be seen the maximum is -inf, and -inf - -inf would be NaN.
         reference = raised.masked_fill(raised == -torch.inf, 0.0)
         weights = (scores - reference).exp_()
         kept = (highest - reference).exp_()
-        part = weights.flatten(2, 3).to(values.compute_dtype) @ values.tile(start, stop)
+        part = weights.flatten(2, 3) @ values.tile(start, stop).to(exact)
         total = total * kept + weights.sum(-1, keepdim=True)
-        mixed = mixed * kept + part.to(stats).reshape(mixed.shape)
+        mixed = mixed * kept + part.reshape(mixed.shape)
         highest = raised
     out = mixed / total.masked_fill(total == 0, 1.0)
     return out.reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)

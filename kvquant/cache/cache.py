@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
 from kvquant.engine.options import parse_layers
-from kvquant.engine.settings import layer_settings
+from kvquant.engine.settings import check_device, layer_settings
+from kvquant.errors import CropError
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no types for it
@@ -79,6 +80,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
         self.config = config
+        check_device(config)
         templates = dynamic_layers(model_config)
         if not templates:
             layer_settings(config)  # refuse now what can be told to be impossible for every layer
@@ -115,9 +117,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         Raises:
             CropError: a positive number, or more tokens than there are.
         """
-        for layer in self.layers:
-            if isinstance(layer, QuantizedLayer):
-                layer.check_crop(tokens_to_remove)
+        for index, layer in enumerate(self.layers):
+            _check_crop(index, layer, tokens_to_remove)
+        if not self.layers:
+            _check_crop(0, DynamicLayer(), tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def align_layers(self) -> int:
@@ -128,16 +131,23 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
         Returns:
             How many tokens were removed from the longest layer.
+
+        Raises:
+            CropError: a layer that is ahead cannot go back, such as a sliding window that has moved on. Nothing was
+                removed; `reset` is what remains.
         """
-        attention = [layer for layer in self.layers if getattr(layer, "is_croppable", False) and not layer.is_sliding]
-        lengths = [layer.get_seq_length() for layer in attention]
-        if len(self.layers) and not lengths:
-            return 0
-        shortest = min(lengths, default=0)
-        for layer, length in zip(attention, lengths, strict=True):
-            if length > shortest:
-                layer.crop(shortest - length)
-        return max(lengths, default=0) - shortest
+        lengths = {
+            index: int(layer.get_seq_length())
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, CacheLayerMixin)
+        }
+        shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
+        ahead = [index for index, length in lengths.items() if length > shortest]
+        for index in ahead:
+            _check_crop(index, self.layers[index], shortest - lengths[index])
+        for index in ahead:
+            self.layers[index].crop(shortest - lengths[index])
+        return longest - shortest
 
     # -------------------------------------------------------------------------------------------- figures
 
@@ -179,3 +189,19 @@ def _memory(index: int, layer: Any) -> LayerMemory:
     held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
     tokens = layer.get_seq_length() if held and hasattr(layer, "get_seq_length") else 0
     return layer_memory(index, int(tokens), (0, 0), [("full precision", tensor, tensor.nbytes) for tensor in held])
+
+
+def _check_crop(index: int, layer: Any, tokens_to_remove: int) -> None:
+    """Raise what cropping `layer` would raise, and what transformers' own layers do wrong without a word."""
+    if isinstance(layer, QuantizedLayer):
+        layer.check_crop(tokens_to_remove)
+        return
+    if not isinstance(layer, CacheLayerMixin):
+        return
+    length = int(layer.get_seq_length())
+    if tokens_to_remove > 0 or -tokens_to_remove > length > 0:
+        raise CropError(tokens_to_remove, length)
+    window = getattr(layer, "sliding_window", None)
+    if tokens_to_remove and window is not None and length >= window and not getattr(layer, "record_past", False):
+        reason = f"layer {index} keeps a sliding window of {window} tokens, which has moved on and cannot go back"
+        raise CropError(tokens_to_remove, length, reason)

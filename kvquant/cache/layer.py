@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +26,7 @@ _STREAMS = ("key", "value")
 @contextlib.contextmanager
 def _own_tensors() -> Iterator[None]:
     """Make tensors that outlive the caller's mode: a cache filled in inference mode can go on outside it."""
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # noqa: FBT003  # torch.compile knows it by position only
         yield
 
 
@@ -93,6 +95,13 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
     def __len__(self) -> int:
         return len(self._stores["key"]) if self._stores else 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
+        layer = type(self).__new__(type(self))
+        memo[id(self)] = layer
+        with _own_tensors():
+            layer.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return layer
+
     def __bool__(self) -> bool:
         return True  # an empty layer is a layer
 
@@ -139,6 +148,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         keys, values = self._stores["key"], self._stores["value"]
         exact_keys, exact_values = keys.exact(), values.exact()
         if exact_keys is not None and exact_values is not None:
+            if torch.is_grad_enabled():
+                # Autograd may keep what it is given, and the next update writes behind it in the same tensor.
+                return exact_keys.clone(), exact_values.clone()
             return exact_keys, exact_values
         return QuantizedStates(keys, "key"), QuantizedStates(values, "value")
 
@@ -152,15 +164,14 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             keys.discard()
             values.discard()
             raise
-        keys.commit(key_states, staged_keys)
-        values.commit(value_states, staged_values)
+        keys.commit(staged_keys)
+        values.commit(staged_values)
 
     def _new_stores(self, key_states: Tensor, value_states: Tensor) -> dict[str, Store]:
-        dtype = compute_dtype(self._config, key_states.dtype)
-        type_name, device = str(dtype).removeprefix("torch."), key_states.device.type
         streams = {"key": (self.settings.key, key_states), "value": (self.settings.value, value_states)}
+        dtypes = {stream: compute_dtype(self._config, states.dtype) for stream, (_, states) in streams.items()}
         schemes = {
-            stream: settings.scheme(states.shape[3], device, type_name)
+            stream: settings.scheme(states.shape[3], states.device.type, str(dtypes[stream]).removeprefix("torch."))
             for stream, (settings, states) in streams.items()
         }
         policy = self.settings.policy(schemes["key"], schemes["value"])
@@ -173,7 +184,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 stream=stream,
                 where=self.where,
                 block=policy.block,
-                dtype=dtype,
+                dtype=dtypes[stream],
                 formats=settings.backend.capabilities.formats,
             )
 
@@ -195,10 +206,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
         if key_states.shape[:3] != value_states.shape[:3]:
             raise StatesError(f"key and value states must agree in batch, heads and tokens, got {shapes}", self.where)
-        if key_states.dtype != value_states.dtype or key_states.device != value_states.device:
+        # Their dtypes may differ: under autocast keys come in float32 and values in bfloat16.
+        if key_states.device != value_states.device:
             raise StatesError(
-                f"key and value states must agree in dtype and device, got {key_states.dtype} on {key_states.device} "
-                f"and {value_states.dtype} on {value_states.device}",
+                f"key and value states must be on one device, got {key_states.device} and {value_states.device}",
                 self.where,
             )
         for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
@@ -223,8 +234,12 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 )
 
     def _check_finite(self, stream: str, states: Tensor) -> None:
-        # One pass without a temporary; NaN makes both bounds NaN.
-        if states.numel() and not all(bound.isfinite() for bound in torch.aminmax(states.detach())):
+        if not states.numel():
+            return
+        # One pass without a temporary, in the order of memory; NaN makes both bounds NaN.
+        by_stride = sorted(range(4), key=states.stride, reverse=True)
+        low, high = torch.aminmax(states.detach().permute(by_stride))
+        if not bool(low.isfinite() & high.isfinite()):
             bad = (~states.isfinite()).any(dim=3).any(dim=1).any(dim=0).nonzero().flatten().tolist()
             raise NonFiniteStatesError(stream, len(self) + bad[0], len(self) + bad[-1] + 1, self.where)
 
@@ -260,6 +275,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 f"only a tensor [batch, kv_heads, tokens, head_dim] can be assigned as {stream} states, got {shown}",
                 self.where,
             )
+        if not states.is_floating_point():
+            raise StatesError(f"{stream} states need a floating type, got {states.dtype}", self.where)
         if self._config.check_finite:
             self._check_finite(stream, states)
         partner = _STREAMS[1 - _STREAMS.index(stream)]
@@ -297,17 +314,22 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         Raises:
             CropError: a positive number, or more tokens than there are.
         """
-        self.check_crop(tokens_to_remove)
+        tokens_to_remove = self.check_crop(tokens_to_remove)
         if tokens_to_remove and self._stores:
             with _own_tensors():
                 for store in self.stores:
                     store.crop(-tokens_to_remove)
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what `crop` would raise."""
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """Raise what `crop` would raise, or return its argument as a plain integer."""
         self._check_assigned()
-        if tokens_to_remove > 0 or (self._stores and -tokens_to_remove > len(self)):
-            raise CropError(tokens_to_remove, len(self))
+        try:
+            tokens = operator.index(tokens_to_remove)
+        except TypeError as cause:
+            raise CropError(tokens_to_remove, len(self)) from cause
+        if tokens > 0 or (self._stores and -tokens > len(self)):
+            raise CropError(tokens, len(self))
+        return tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put batch rows in the order `beam_idx` (int64 ``[batch]``)."""
@@ -340,15 +362,17 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """Move the layer to the CPU; `prefetch` brings it back."""
         if self._stores:
             self._home = self._stores["key"].device
-            for store in self.stores:
-                store.to(torch.device("cpu"))
+            with _own_tensors():
+                for store in self.stores:
+                    store.to(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Bring an offloaded layer back."""
         home = getattr(self, "_home", None)
         if self._stores and home is not None and home != self.device:
-            for store in self.stores:
-                store.to(home)
+            with _own_tensors():
+                for store in self.stores:
+                    store.to(home)
 
     # -------------------------------------------------------------------------------------------- sizes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,10 +47,20 @@ class Body:
         """
         self.encoder, self.device = encoder, device
         self.pages: list[Page] = []
+        self._starts = [0]
         self._policy, self._kv_heads, self._head_dim = policy, like.shape[1], like.shape[3]
 
     def __len__(self) -> int:
-        return sum(page.length for page in self.pages)
+        return self._starts[-1]
+
+    def _index(self) -> None:
+        """Note where each page starts, and the length behind the last."""
+        self._starts = [0, *itertools.accumulate(page.length for page in self.pages)]
+
+    @property
+    def wide(self) -> bool:
+        """Whether scales are kept in float32 from here on, see `Encoder.encode`."""
+        return bool(self.pages) and self.pages[-1].wide
 
     def stage(self, pieces: Iterator[Piece], tokens: int) -> Staged:
         """Write pieces behind the valid tokens without making them count.
@@ -65,6 +77,8 @@ class Body:
             start = 0
             while start < piece.tokens:
                 if page is None or not page.accepts(piece, at):
+                    if page is not None:
+                        page.trim(at)  # nothing will be written behind its end again
                     left = tokens - staged.tokens
                     page, at = self._new_page(piece, stored + staged.tokens, left), 0
                 written = page.write(piece, start, at)
@@ -78,10 +92,9 @@ class Body:
         """Make staged tokens count."""
         for page, length in staged.lengths:
             if not any(page is known for known in self.pages):
-                if self.pages:
-                    self.pages[-1].trim()
                 self.pages.append(page)
             page.length = length
+        self._index()
 
     def discard(self) -> None:
         """Forget what was staged and will not be committed."""
@@ -97,8 +110,11 @@ class Body:
                 del self.pages[index + (page.length > 0) :]
                 break
             before += page.length
-        if self.pages and self.pages[-1].capacity - self.pages[-1].length > max(self._policy.page_tokens, tokens // 8):
-            self.pages[-1].trim()
+        for page in self.pages[-1:]:
+            page.discard()
+            if page.capacity - page.length > max(self._policy.page_tokens, tokens // 8):
+                page.trim(page.length)
+        self._index()
 
     def replaced(self, states: Tensor) -> Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
@@ -111,20 +127,24 @@ class Body:
             missing = -page.length % self.encoder.block
             filled = torch.cat([tokens, tokens[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
             fresh = Body(self.encoder, self._policy, states, self.device)
-            fresh.commit(fresh.stage(self.encoder.encode(filled, self._policy.sink_length + start), filled.shape[2]))
+            pieces = self.encoder.encode(filled, self._policy.sink_length + start, wide=body.wide)
+            fresh.commit(fresh.stage(pieces, filled.shape[2]))
             fresh.truncate(page.length)
+            fresh.pages[-1].trim(fresh.pages[-1].length)
             body.pages += fresh.pages
             start += page.length
+        body._index()
         return body
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield tokens `start` to `stop` page by page, dequantised."""
-        before = 0
-        for page in self.pages:
-            low, high = max(start - before, 0), min(stop - before, page.length)
+        for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self.pages)):
+            before = self._starts[at]
+            low, high = max(start - before, 0), min(stop - before, self.pages[at].length)
+            if before >= stop:
+                break
             if low < high:
-                yield page.dequantize(low, high, dtype)
-            before += page.length
+                yield self.pages[at].dequantize(low, high, dtype)
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a buffer will be: its tensor, and which of its tokens are held."""
+
+    data: Tensor
+    start: int
+    stop: int
 
 
 class TokenBuffer:
     """Tokens ``[batch, kv_heads, tokens, head_dim]`` in a preallocated tensor.
 
-    Appending writes into spare capacity. When that runs out the tokens move to the front, into the room that dropped
-    ones have left, or else into a tensor an eighth (or `slack`) larger, so that n appends cost O(n).
+    Appending writes into spare capacity. When that runs out the tokens move to a new tensor that is an eighth (or
+    `slack`) larger than they are, so that n appends cost O(n).
     """
 
     def __init__(self, like: Tensor, slack: int, most: int) -> None:
@@ -33,32 +44,45 @@ class TokenBuffer:
         end = self._stop if stop is None else self._start + stop
         return self.data[:, :, self._start + start : end]
 
+    def plan(self, dropped: int, states: Tensor) -> Plan:
+        """Write `states` behind the tokens held, less the oldest `dropped`, without making it count.
+
+        All that can fail, memory above all, happens here; `apply` only assigns. What has been handed out as a view
+        is not written to.
+
+        Args:
+            dropped: tokens to forget at the front.
+            states: ``[batch, kv_heads, tokens, head_dim]`` to add at the back.
+        """
+        data, start, stop = self.data, self._start + dropped, self._stop
+        if stop + states.shape[2] > data.shape[2]:
+            data = self._moved(dropped, stop - start + states.shape[2])
+            start, stop = 0, stop - start
+        data[:, :, stop : stop + states.shape[2]] = states
+        return Plan(data, start, stop + states.shape[2])
+
+    def apply(self, plan: Plan) -> None:
+        """Make a plan count."""
+        self.data, self._start, self._stop = plan.data, plan.start, plan.stop
+
     def append(self, states: Tensor) -> None:
         """Add `states` ``[batch, kv_heads, tokens, head_dim]`` at the back."""
-        added = states.shape[2]
-        if self._stop + added > self.data.shape[2]:
-            self._make_room(added)
-        self.data[:, :, self._stop : self._stop + added] = states
-        self._stop += added
+        self.apply(self.plan(0, states))
 
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest `tokens`."""
         self._start += tokens
-        if self._start == self._stop:
-            self._start = self._stop = 0
 
     def drop_back(self, tokens: int) -> None:
         """Forget the newest `tokens`, and give memory back that is now out of proportion."""
         self._stop -= tokens
         if self.data.shape[2] > self._capacity_for(len(self)):
-            self._move(self._capacity_for(len(self)))
+            self.apply(Plan(self._moved(0, len(self)), 0, len(self)))
 
     def push_front(self, states: Tensor) -> None:
         """Put `states` before the oldest token."""
-        kept = self.view().clone()
-        self._start = self._stop = 0
-        self.append(states)
-        self.append(kept)
+        tokens = torch.cat([states, self.view()], dim=2)
+        self.apply(Plan(tokens, 0, tokens.shape[2]))
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices` (int64 ``[new_batch]``), in that order."""
@@ -71,17 +95,9 @@ class TokenBuffer:
     def _capacity_for(self, tokens: int) -> int:
         return max(tokens, min(self._most, tokens + max(self._slack, tokens // 8)))
 
-    def _make_room(self, added: int) -> None:
-        needed = len(self) + added
-        if needed <= self.data.shape[2]:
-            # Moving within the tensor must go through a copy because source and target overlap.
-            self.data[:, :, : len(self)] = self.view().clone()
-            self._start, self._stop = 0, len(self)
-        else:
-            self._move(self._capacity_for(needed))
-
-    def _move(self, capacity: int) -> None:
-        tokens = self.view()
-        data = self.data.new_empty((*self.data.shape[:2], capacity, self.data.shape[3]))
-        data[:, :, : tokens.shape[2]] = tokens
-        self.data, self._start, self._stop = data, 0, tokens.shape[2]
+    def _moved(self, dropped: int, tokens: int) -> Tensor:
+        """Return a tensor with room for `tokens` tokens and some more, that starts with those held but `dropped`."""
+        held = self.view(dropped)
+        data = self.data.new_empty((*self.data.shape[:2], self._capacity_for(tokens), self.data.shape[3]))
+        data[:, :, : held.shape[2]] = held
+        return data

@@ -31,15 +31,22 @@ class Encoded:
 
     Attributes:
         codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
-        scale: float16 or float32, shaped as the grid of scales (see `grouping`).
+        scale: floating, shaped as the grid of scales (see `grouping`).
         offset: like `scale` (affine), or None (codebook).
-        table: float32 ``[2**nbits]`` (codebook), or None (affine).
+        table: floating ``[2**nbits]`` (codebook), or None (affine).
+        fits_half: whether scale and offset lose little in float16.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
     table: Tensor | None
+    fits_half: bool = False
+
+    def narrowed(self) -> Encoded:
+        """Return the piece with scales in float16."""
+        offset = None if self.offset is None else self.offset.half()
+        return Encoded(self.codes, self.scale.half(), offset, self.table, fits_half=True)
 
     @property
     def tokens(self) -> int:
@@ -85,12 +92,16 @@ class Encoder:
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
 
-    def encode(self, states: Tensor, first_token: int) -> Iterator[Piece]:
+    def encode(self, states: Tensor, first_token: int, *, wide: bool = False) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
+
+        Scales are kept in float16 until a block comes that float16 would harm, and in float32 from there on: so the
+        layout changes once at most, and depends on the tokens alone, not on how they came.
 
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``; tokens a multiple of `block`.
             first_token: position of the first of them in the sequence, for messages.
+            wide: whether such a block has come before.
 
         Yields:
             The pieces in order of tokens.
@@ -108,7 +119,9 @@ class Encoder:
                 raise QuantizationError(
                     self.backend, self.stream, first_token + start, first_token + stop, cause, self.where
                 ) from cause
-            yield from pieces
+            for piece in pieces:
+                wide = wide or (isinstance(piece, Encoded) and not piece.fits_half)
+                yield piece.narrowed() if isinstance(piece, Encoded) and not wide else piece
 
     def _chunks(self, states: Tensor) -> Iterator[tuple[int, int]]:
         batch, heads, tokens, head_dim = states.shape
@@ -123,6 +136,10 @@ class Encoder:
         rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
         parts = [self._encode_rows(part) for part in states.split(rows_per_call)]
         return list(self._by_scale_dtype(parts[0] if len(parts) == 1 else self._join(parts)))
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
         rows = states_to_rows(states.to(self.dtype), self.scheme.axis, self.scheme.group_size)
@@ -140,9 +157,9 @@ class Encoder:
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
             codes=pack(codes, scheme.nbits),
-            scale=rows.scale.to(torch.float32).reshape(grid),
-            offset=None if rows.offset is None else rows.offset.to(torch.float32).reshape(grid),
-            table=None if rows.table is None else rows.table.to(torch.float32),
+            scale=rows.scale.to(self._wide_dtype).reshape(grid),
+            offset=None if rows.offset is None else rows.offset.to(self._wide_dtype).reshape(grid),
+            table=None if rows.table is None else rows.table.to(self._wide_dtype),
         )
 
     def _encode_opaque(self, states: Tensor) -> list[Piece]:
@@ -151,9 +168,7 @@ class Encoder:
             packed = []
             for row in block.split(1):
                 result = self._quantize(row)
-                if not isinstance(result, Opaque):
-                    raise self._broken(f"quantize returned {type(result).__name__} where its only format is opaque")
-                packed.append(result)
+                packed.append(self._checked_opaque(result))
             pieces.append(EncodedOpaque(tuple(packed), self.block))
         return pieces
 
@@ -173,6 +188,14 @@ class Encoder:
 
     def _broken(self, problem: str) -> BackendContractError:
         return BackendContractError(self.backend, problem)
+
+    def _checked_opaque(self, result: object) -> Opaque:
+        if not isinstance(result, Opaque):
+            raise self._broken(f"quantize returned {type(result).__name__} where its only format is opaque")
+        for name, tensor in result.tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise self._broken(f"Opaque.tensors[{name!r}] is {type(tensor).__name__} instead of a tensor")
+        return result
 
     def _checked(self, result: object, n_groups: int, device: torch.device) -> QuantizedRows:
         if not isinstance(result, QuantizedRows):
@@ -208,16 +231,18 @@ class Encoder:
             raise self._broken(f"{name} has dtype {tensor.dtype} instead of a floating type")
         if not floating and tensor.dtype != torch.uint8:
             raise self._broken(f"{name} has dtype {tensor.dtype} instead of torch.uint8")
-        if floating and tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor.float())):
-            raise self._broken(f"{name} holds NaN or infinity, or leaves the range of float32")
+        if floating and tensor.numel():
+            low, high = torch.aminmax(tensor.to(self._wide_dtype))
+            if not bool(low.isfinite() & high.isfinite()):
+                raise self._broken(f"{name} holds NaN or infinity, or leaves the range of {self._wide_dtype}")
 
     # -------------------------------------------------------------------------------------------- stored precision
 
     def _by_scale_dtype(self, piece: Encoded) -> Iterator[Encoded]:
         """Cut a piece into runs of blocks whose scales fit float16 and runs whose scales do not.
 
-        float16 holds most scales with an error that is small beside a quantisation step, at half the bytes. The
-        decision is made block by block, so that it does not depend on which blocks came in one call.
+        float16 holds most scales with an error that is small beside a quantisation step, at half the bytes. Each
+        block is judged by itself, so that the answer does not depend on which blocks came in one call.
         """
         fits = self._fits_half(piece).tolist()
         tokens_per_scale = self.scheme.group_size if self.scheme.axis == "channel" else 1
@@ -228,12 +253,12 @@ class Encoder:
                 stop += 1
             tokens = slice(start * self.block, stop * self.block)
             scales = slice(tokens.start // tokens_per_scale, tokens.stop // tokens_per_scale)
-            dtype = torch.float16 if fits[start] else torch.float32
             yield Encoded(
                 codes=piece.codes[:, :, tokens],
-                scale=piece.scale[:, :, scales].to(dtype),
-                offset=None if piece.offset is None else piece.offset[:, :, scales].to(dtype),
+                scale=piece.scale[:, :, scales],
+                offset=None if piece.offset is None else piece.offset[:, :, scales],
                 table=piece.table,
+                fits_half=fits[start],
             )
             start = stop
 
@@ -244,9 +269,9 @@ class Encoder:
         if piece.table is not None:
             gaps = piece.table.sort().values.diff()
             step, reach = step * float(gaps[gaps > 0].min()), float(piece.table.abs().max())
-        error = (scale.half().float() - scale).abs() * reach
+        error = (scale.half().to(scale.dtype) - scale).abs() * reach
         if piece.offset is not None:
-            error += (piece.offset.half().float() - piece.offset).abs()
+            error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()
         by_block: Tensor = (error <= _HALF_PRECISION_SHARE * step).unflatten(2, (piece.tokens // self.block, -1))
         return by_block.transpose(0, 2).flatten(1).all(dim=1)
 

@@ -140,5 +140,5 @@ def normalise_layers(layers: object) -> dict[str, dict[str, Any]]:
             raise OptionValueError(f"layers[{name!r}]", overrides, "a mapping of options, such as {'nbits': 8}")
         chosen = rename_options(overrides, LAYER_OPTIONS)
         check_layer_options(chosen, f"layers[{name!r}].")
-        normal.setdefault(name, {}).update(chosen)
+        normal[name] = {**normal.pop(name, {}), **chosen}  # at the end: a later entry wins
     return normal

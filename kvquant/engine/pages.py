@@ -32,6 +32,10 @@ class Page(Protocol):
     def capacity(self) -> int:
         """Tokens that fit."""
 
+    @property
+    def wide(self) -> bool:
+        """Whether its scales are wider than float16."""
+
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`: same layout, whole groups, room for one block."""
 
@@ -50,8 +54,8 @@ class Page(Protocol):
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
 
-    def trim(self) -> None:
-        """Give spare capacity back."""
+    def trim(self, tokens: int) -> None:
+        """Give back what lies behind the first `tokens` tokens."""
 
     def to(self, device: torch.device) -> None:
         """Move to `device`."""
@@ -91,6 +95,11 @@ class CanonicalPage:
         """Tokens that fit."""
         return self.codes.shape[2]
 
+    @property
+    def wide(self) -> bool:
+        """Whether its scales are wider than float16."""
+        return self.scale.dtype != torch.float16
+
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`."""
         return (
@@ -121,7 +130,7 @@ class CanonicalPage:
         """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
         axis, group_size, per = self._scheme.axis, self._scheme.group_size, self._tokens_per_scale
         first, last = start // per, -(-stop // per)
-        codes = unpack(self.codes[:, :, first * per : last * per], self._scheme.nbits, self._head_dim)
+        codes = self._codes(first * per, last * per)
         scale = grouped_grid(self.scale[:, :, first:last].to(dtype), axis)
         if self.table is not None:
             states = grouped(self.table.to(dtype)[codes.int()], axis, group_size).mul_(scale)
@@ -130,17 +139,22 @@ class CanonicalPage:
             states = grouped(codes.to(dtype), axis, group_size).mul_(scale).add_(offset)
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
+    def _codes(self, start: int, stop: int) -> Tensor:
+        """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
+        codes = unpack(self.codes[:, :, start:stop], self._scheme.nbits, self._head_dim)
+        missing = stop - start - codes.shape[2]
+        return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
+
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
         self.codes, self.scale = _select(self.codes, indices), _select(self.scale, indices)
         self.offset = None if self.offset is None else _select(self.offset, indices)
 
-    def trim(self) -> None:
-        """Give spare capacity back, to the next whole block."""
-        capacity = -(-self.length // self._block) * self._block
-        if capacity < self.capacity:
-            scales = capacity // self._tokens_per_scale
-            self.codes = self.codes[:, :, :capacity].clone()
+    def trim(self, tokens: int) -> None:
+        """Give back what lies behind the first `tokens` tokens."""
+        if tokens < self.capacity:
+            scales = -(-tokens // self._tokens_per_scale)
+            self.codes = self.codes[:, :, :tokens].clone()
             self.scale = self.scale[:, :, :scales].clone()
             self.offset = None if self.offset is None else self.offset[:, :, :scales].clone()
 
@@ -179,13 +193,19 @@ class OpaquePage:
         """Tokens held: a list has no spare capacity."""
         return len(self._blocks) * self._encoder.block
 
+    @property
+    def wide(self) -> bool:
+        """Opaque blocks have no scales that the core would know of."""
+        return False
+
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`."""
         return isinstance(piece, EncodedOpaque) and at % self._encoder.block == 0
 
-    def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a list always writes at its end
-        """Keep a block at token `at`; return its tokens."""
+    def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a block is written whole
+        """Keep a block at token `at`, in place of what a crop or a failure left there; return its tokens."""
         block = cast("EncodedOpaque", piece)
+        del self._blocks[at // self._encoder.block :]
         self._blocks.append(tuple(_opaque_to(row, self._device) for row in block.rows))
         return block.tokens
 
@@ -227,9 +247,9 @@ class OpaquePage:
         order = indices.tolist()
         self._blocks = [tuple(rows[index] for index in order) for rows in self._blocks]
 
-    def trim(self) -> None:
-        """Forget blocks that hold no valid token."""
-        self.discard()
+    def trim(self, tokens: int) -> None:
+        """Forget blocks that lie behind the first `tokens` tokens."""
+        del self._blocks[-(-tokens // self._encoder.block) :]
 
     def to(self, device: torch.device) -> None:
         """Move to `device`."""

@@ -11,7 +11,7 @@ import torch
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.grouping import block_tokens
 from kvquant.engine.window import WindowPolicy
-from kvquant.errors import UnsupportedError, listing
+from kvquant.errors import OptionValueError, UnsupportedError, listing
 from kvquant.plugin.capabilities import Capabilities
 from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend, get_backend
@@ -127,6 +127,22 @@ def compute_dtype(config: CacheConfig, states: torch.dtype) -> torch.dtype:
     if config.compute_dtype is not None:
         return cast("torch.dtype", getattr(torch, config.compute_dtype))
     return torch.promote_types(states, torch.float32)
+
+
+def check_device(config: CacheConfig) -> None:
+    """Refuse a device that quantised tokens cannot live on.
+
+    Raises:
+        OptionValueError: it is not there, or holds no numbers.
+    """
+    if config.device is None:
+        return
+    try:
+        holds_numbers = torch.zeros(1, device=config.device).tolist() == [0.0]
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        raise OptionValueError("device", config.device, "a device that this machine has, such as 'cpu'") from cause
+    if not holds_numbers:
+        raise OptionValueError("device", config.device, "a device that holds numbers, such as 'cpu'")
 
 
 def _axis(backend: Backend, option: str, axis: str | int) -> Axis:

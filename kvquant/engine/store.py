@@ -9,14 +9,24 @@ buffer, so that the states can be handed out as one tensor without a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvquant.engine.body import Body, Staged
-from kvquant.engine.buffer import TokenBuffer
-from kvquant.engine.encode import Encoder, Piece
+from kvquant.engine.buffer import Plan, TokenBuffer
+from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.window import WindowPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class StagedUpdate:
+    """What a store will be after an update: the parts of it that change."""
+
+    body: Staged
+    sink: Tensor | None
+    recent: Plan
 
 
 class Store:
@@ -71,29 +81,34 @@ class Store:
         in_front = self._policy.sink_length - self.sink_tokens  # sink tokens that are still in the buffer
         return self._policy.leaving(len(self.recent) + added - in_front)
 
-    def stage(self, states: Tensor, leaving: int) -> Staged:
-        """Quantise the tokens that will leave the window once `states` are appended. Nothing changes yet.
+    def stage(self, states: Tensor, leaving: int) -> StagedUpdate:
+        """Do the work of appending `states`: quantise what will leave the window, write the rest. Nothing counts yet.
 
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``, about to be appended.
             leaving: what `leaving` said.
         """
-        if not leaving:
-            return Staged()
-        first = self._policy.sink_length - self.sink_tokens
-        position = self._policy.sink_length + len(self.body)
-        return self.body.stage(self._encode(states, first, first + leaving, position), leaving)
+        first = self._policy.sink_length - self.sink_tokens if leaving else 0  # sink tokens to be set apart
+        body = Staged()
+        if leaving:
+            position = self._policy.sink_length + len(self.body)
+            body = self.body.stage(self._encode(states, first, first + leaving, position), leaving)
+        # Set the sink apart once quantised tokens will lie between it and the window.
+        sink = self._span(states, 0, first).clone() if leaving and self.sink is None else self.sink
+        dropped = first + leaving
+        from_buffer = min(dropped, len(self.recent))
+        return StagedUpdate(body, sink, self.recent.plan(from_buffer, states[:, :, dropped - from_buffer :]))
 
-    def commit(self, states: Tensor, staged: Staged) -> None:
-        """Append `states` and let go of what `stage` quantised for them."""
+    def commit(self, staged: StagedUpdate) -> None:
+        """Make what was staged count: assignments only, so that this cannot fail half-way."""
         self.version += 1
-        if staged.tokens and self.sink is None:
-            # Set the sink apart now that quantised tokens will lie between it and the window.
-            self.sink = self._span(states, 0, self._policy.sink_length).clone()
-            self._drop(states, self._policy.sink_length + staged.tokens)
-        else:
-            self._drop(states, staged.tokens)
-        self.body.commit(staged)
+        self.sink = staged.sink
+        self.recent.apply(staged.recent)
+        self.body.commit(staged.body)
+
+    def append(self, states: Tensor) -> None:
+        """Stage and commit `states` at once."""
+        self.commit(self.stage(states, self.leaving(states.shape[2])))
 
     def _encode(self, states: Tensor, start: int, stop: int, position: int) -> Iterator[Piece]:
         """Encode tokens `start` to `stop` of the buffer followed by `states`, straight from where they lie.
@@ -103,9 +118,13 @@ class Store:
         held, block = len(self.recent), self._policy.block
         inside = start + max(0, min(held, stop) - start) // block * block
         straddling = min(stop, inside + block) if inside < held else inside
+        wide = self.body.wide
         for low, high in ((start, inside), (inside, straddling), (straddling, stop)):
             if low < high:
-                yield from self.body.encoder.encode(self._span(states, low, high), position + low - start)
+                span = self._span(states, low, high)
+                for piece in self.body.encoder.encode(span, position + low - start, wide=wide):
+                    wide = wide or (isinstance(piece, Encoded) and not piece.fits_half)
+                    yield piece
 
     def _span(self, states: Tensor, start: int, stop: int) -> Tensor:
         """Return tokens `start` to `stop` of the buffer followed by `states`."""
@@ -115,12 +134,6 @@ class Store:
         if start >= held:
             return states[:, :, start - held : stop - held]
         return torch.cat([self.recent.view(start, held), states[:, :, : stop - held]], dim=2)
-
-    def _drop(self, states: Tensor, tokens: int) -> None:
-        """Append `states` to the buffer, without its oldest `tokens`, which need never enter it."""
-        from_buffer = min(tokens, len(self.recent))
-        self.recent.drop_front(from_buffer)
-        self.recent.append(states[:, :, tokens - from_buffer :])
 
     def discard(self) -> None:
         """Forget what was staged and will not be committed."""
@@ -151,14 +164,21 @@ class Store:
         """
         sink, recent = self.sink_tokens, self.sink_tokens + len(self.body)
         parts: list[Tensor] = []
-        if self.sink is not None and start < sink:
-            parts.append(self.sink[:, :, start:stop].to(self.compute_dtype))
+        if start < sink:
+            parts.append(self._exact(start, min(stop, sink)).to(self.compute_dtype))
         if start < recent and stop > sink:
             body = self.body.read(max(start - sink, 0), min(stop, recent) - sink, self.compute_dtype)
             parts += (states.to(self.device) for states in body)
         if stop > recent:
-            parts.append(self.recent.view(max(start - recent, 0), stop - recent).to(self.compute_dtype))
+            parts.append(self._exact(max(start, recent), stop).to(self.compute_dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _exact(self, start: int, stop: int) -> Tensor:
+        """Return tokens `start` to `stop`, which lie in the sink or in the window, as they were given."""
+        if self.sink is not None and start < self.sink_tokens:
+            return self.sink[:, :, start:stop]
+        recent = self.sink_tokens + len(self.body)
+        return self.recent.view(start - recent, stop - recent)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return tokens `start` to `stop` (all by default), dequantised, in the dtype of the states given.
@@ -170,10 +190,21 @@ class Store:
         out = torch.empty(
             (self.batch, self.kv_heads, max(0, stop - start), self.head_dim), dtype=self.dtype, device=self.device
         )
+        body = range(self.sink_tokens, self.sink_tokens + len(self.body))
+        limits = torch.finfo(self.dtype)
         for low, high in self.spans(self._policy.page_tokens):
             first, last = max(start, low), min(stop, high)
-            if first < last:
-                out[:, :, first - start : last - start] = self.tile(first, last)
+            if first >= last:
+                continue
+            target = out[:, :, first - start : last - start]
+            if first in body:
+                states = self.tile(first, last)
+                if torch.finfo(states.dtype).max > limits.max:
+                    # Rounding may lead a little beyond what the narrower type can hold.
+                    states = states.clamp(limits.min, limits.max)
+                target.copy_(states)
+            else:
+                target.copy_(self._exact(first, last))
         return out
 
     # -------------------------------------------------------------------------------------------- other changes

@@ -41,11 +41,16 @@ class CropError(KVQuantError, ValueError):
     Attributes:
         requested: the argument of `crop`.
         length: tokens in the cache.
+        reason: what stands in the way, where it is neither sign nor length.
     """
 
-    def __init__(self, requested: int, length: int) -> None:
-        self.requested, self.length = requested, length
-        if requested > 0:
+    def __init__(self, requested: object, length: int, reason: str = "") -> None:
+        self.requested, self.length, self.reason = requested, length, reason
+        if reason:
+            problem = reason
+        elif not isinstance(requested, int):
+            problem = "crop takes a whole number of tokens, for example crop(-5)"
+        elif requested > 0:
             problem = f"crop takes the number of tokens to remove as a negative number, for example crop(-{requested})"
         else:
             problem = f"the cache holds only {length} tokens; at most crop({-length}) is possible"
@@ -67,7 +72,7 @@ class QuantizationError(KVQuantError, RuntimeError):
         place = f"{where}, " if where else ""
         super().__init__(
             f"backend {backend!r} failed on {place}{stream} states of tokens {start} to {stop - 1}: "
-            f"{type(cause).__name__}: {cause}. The cache holds every token that it held before this update."
+            f"{type(cause).__name__}: {cause}. The cache holds every token that it held before."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvquant.cache.cache import QuantizedCache
@@ -171,8 +171,14 @@ def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, max_new_toke
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=model.generation_config.pad_token_id,
+        ),
         streamer=clock,
     )
     tokens = tuple(out[0, prompt.shape[1] :].tolist())

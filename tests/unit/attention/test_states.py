@@ -67,6 +67,8 @@ def test_asking_what_they_are_reads_nothing(states):
         lambda x: x[x > 0],
         lambda x: x[:, torch.tensor([1, 0])],
         lambda x: x[:, :, None],
+        lambda x: x[:, np.array([0, 1])],
+        lambda x: x[True, :, 0:1],
         lambda x: x[None],
         lambda x: x.to(torch.float64),
         lambda x: x.to("cpu", copy=True),

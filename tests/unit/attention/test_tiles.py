@@ -101,6 +101,17 @@ def test_fused_equals_dequantised(
     torch.testing.assert_close(fused.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_queries_go_through_in_parts(causal):
+    """A prompt over a quantised body, more than the query tokens attended at once, with a mask or causal."""
+    layer, (keys, values) = filled(300)
+    query = torch.randn(1, 4, 300, 16)
+    mask = None if causal else torch.rand(1, 4, 300, 300) > 0.3
+    fused = scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, enable_gqa=True)
+    expected = reference(query, layer.keys, layer.values, mask, is_causal=causal, scale=None)
+    torch.testing.assert_close(fused.double(), expected, rtol=2e-5, atol=2e-5)
+
+
 def test_a_query_that_may_see_nothing_gets_zeros():
     """As in torch, and without a NaN on the way."""
     layer, (keys, values) = filled(100)

@@ -178,6 +178,36 @@ def test_layers_can_be_aligned_after_a_failed_forward_pass(backend):
     assert cache.align_layers() == 0
 
 
+def test_a_crop_is_done_by_all_layers_or_none_in_hybrid_models():
+    """A sliding window that has moved on cannot go back; the other layers then stay as they are."""
+    gemma = Gemma3TextConfig(num_hidden_layers=6, sliding_window=8, head_dim=16)
+    cache = fill(QuantizedCache(config=gemma), tokens=20, layers=6)
+    with pytest.raises(CropError, match="layer 0 keeps a sliding window of 8 tokens, which has moved on"):
+        cache.crop(-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 6
+    cache.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
+    with pytest.raises(CropError, match="layer 0 keeps a sliding window"):
+        cache.align_layers()
+
+
+@pytest.mark.parametrize("argument", [3, -25])
+def test_impossible_crops_are_refused_for_full_precision_layers_too(argument):
+    """transformers' own layers would do something else without a word."""
+    cache = fill(QuantizedCache(skip_layers=range(4)), tokens=20)
+    with pytest.raises(CropError):
+        cache.crop(argument)
+    with pytest.raises(CropError):
+        QuantizedCache().crop(3)
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "meta"])
+def test_a_device_that_cannot_hold_tokens_is_refused_at_construction(device):
+    """Before there is anything to lose."""
+    with pytest.raises(OptionValueError, match=f"device='{device}' cannot work"):
+        QuantizedCache(device=device)
+
+
 def test_batch_operations_reach_every_layer():
     """Repeat, select, reorder and reset."""
     cache = fill(QuantizedCache(group_size=16), batch=2)

@@ -16,8 +16,9 @@ from torch import Tensor
 import kvquant
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
+from kvquant.engine.grouping import rows_to_states, states_to_rows
 from kvquant.engine.packing import unpack
-from kvquant.plugin import BackendSpec, Capabilities
+from kvquant.plugin import BackendSpec, Capabilities, Opaque, Scheme
 from tests.support import FORMATS, MinMax
 
 WIDTHS = (1, 2, 3, 4, 8)
@@ -99,8 +100,28 @@ class CacheMachine(RuleBasedStateMachine):
         self.body += left
         for at, states in enumerate((self.layer.keys, self.layer.values)):
             fresh = states[:, :, self.sink + self.body - left : self.sink + self.body]
+            self.check_quantised(at, fresh, self.given[at][:, :, self.sink + self.body - left : self.sink + self.body])
             self.stored[at] = torch.cat([self.stored[at], fresh], dim=2)
         assert [list(states.shape) for states in returned] == [list(states.shape) for states in self.given]
+
+    def check_quantised(self, at, read, given_):
+        """What was just quantised reads as the backend's own arithmetic, done here, makes of it."""
+        if not given_.shape[2]:
+            return
+        stream, group = ("key", "value")[at], self.options["group_size"]
+        axis = self.options[f"axis_{stream}"]
+        quantizer = FORMATS[self.options["backend"].removeprefix("test-")](
+            Scheme(self.options[f"nbits_{stream}"], axis, group)
+        )
+        answer = quantizer.quantize(states_to_rows(given_, axis, group))
+        if isinstance(answer, Opaque):
+            rows = quantizer.dequantize(answer)
+        elif answer.table is not None:
+            rows = answer.table[answer.codes.long()] * answer.scale[:, None]
+        else:
+            rows = answer.codes * answer.scale[:, None] + answer.offset[:, None]
+        expected = rows_to_states(rows, tuple(given_.shape), axis, group)
+        torch.testing.assert_close(read, expected, rtol=0, atol=4e-3)  # rounding of scales to float16
 
     @precondition(lambda self: self.length)
     @rule(data=st.data())

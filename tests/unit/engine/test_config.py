@@ -147,6 +147,12 @@ def test_later_layer_entries_win_and_general_beats_one_stream():
     assert (other["nbits"], other["nbits_key"]) == (2, 3)
 
 
+def test_a_layer_named_again_takes_the_later_value():
+    """Also where an entry between them named it too."""
+    config = CacheConfig(layers={0: {"nbits": 8}, range(2): {"nbits": 2}, "0": {"nbits": 4}})
+    assert [config.layer_options(layer)["nbits"] for layer in (0, 1)] == [4, 2]
+
+
 def test_options_of_a_backend_do_not_reach_another_one():
     """A layer that names its own backend starts without the cache's backend options."""
     config = CacheConfig(backend="hqq", options={"optimize": False}, layers={0: {"backend": "reference"}})

@@ -42,7 +42,7 @@ def changed(**parts):
         (changed(scale=lambda g: g.scale.int()), "scale has dtype torch.int32 instead of a floating type"),
         (
             changed(scale=lambda g: g.scale.double() * 1e300),
-            "scale holds NaN or infinity, or leaves the range of float32",
+            "scale holds NaN or infinity, or leaves the range of torch.float32",
         ),
         (changed(offset=lambda g: g.offset * torch.inf), "offset holds NaN or infinity"),
         (changed(offset=lambda g: g.offset.to("meta")), "offset is on meta instead of cpu"),
@@ -149,16 +149,26 @@ def test_scales_are_kept_in_half_precision_only_where_that_is_harmless(states, d
     assert piece.scale.dtype == piece.offset.dtype == dtype
 
 
-def test_blocks_are_cut_where_the_precision_of_scales_changes():
-    """And the cut does not depend on which blocks came together."""
-    states = torch.randn(1, 1, 96, 32)
+def test_scales_stay_wide_from_the_first_block_that_needs_it():
+    """So the layout changes once at most, and where depends on the tokens alone, not on how they came."""
+    states = torch.randn(1, 1, 128, 32)
     states[:, :, 32:64] *= 1e6
     together = list(encoder(MinMax).encode(states, 0))
-    apart = [piece for block in states.split(32, dim=2) for piece in encoder(MinMax).encode(block, 0)]
-    assert [piece.scale.dtype for piece in together] == [torch.float16, torch.float32, torch.float16]
-    for one, other in zip(together, apart, strict=True):
-        assert torch.equal(one.codes, other.codes)
-        assert torch.equal(one.scale, other.scale)
+    assert [piece.scale.dtype for piece in together] == [torch.float16, torch.float32, torch.float32]
+    assert [piece.tokens for piece in together] == [32, 32, 64]
+    (alone,) = encoder(MinMax).encode(states[:, :, 64:], 64)
+    (after,) = encoder(MinMax).encode(states[:, :, 64:], 64, wide=True)
+    assert (alone.scale.dtype, after.scale.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(after.scale, together[2].scale)
+
+
+def test_float64_states_keep_float64_scales():
+    """A constant third comes back to its last digit."""
+    made = Encoder(
+        "mine", MinMax(Scheme(4, "channel", 32)), Scheme(4, "channel", 32), "key", "", 32, torch.float64, ("affine",)
+    )
+    (piece,) = made.encode(torch.full((1, 1, 32, 32), 1 / 3, dtype=torch.float64), 0)
+    assert (piece.offset == 1 / 3).all()
 
 
 def test_a_large_batch_goes_through_in_parts_and_comes_out_whole():
@@ -171,6 +181,13 @@ def test_a_large_batch_goes_through_in_parts_and_comes_out_whole():
     assert torch.allclose(
         piece.scale[:, 0, 0, 0].float() / piece.scale[0, 0, 0, 0].float(), torch.arange(1.0, 601), rtol=2e-3
     )
+
+
+def test_opaque_contents_must_be_tensors():
+    """Everything that takes memory must be seen to."""
+    wrong = Returning(lambda good: Opaque({"codes": good.codes.tolist()}))
+    with pytest.raises(BackendContractError, match=r"Opaque.tensors\['codes'\] is list instead of a tensor"):
+        list(encoder(wrong, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))
 
 
 def test_opaque_blocks_are_kept_by_batch_row():

@@ -93,7 +93,7 @@ class TestNames:
 
 class TestRounds:
     @pytest.mark.parametrize(
-        ("name", "period"), [("dynamic", None), ("transformers:quanto:4", 128), ("kvquant:reference:4", 64)]
+        ("name", "period"), [("dynamic", None), ("transformers:hqq:4", 128), ("kvquant:reference:4", 64)]
     )
     @pytest.mark.parametrize("context", [64, 200])
     def test_tokens_are_really_decoded(self, subject: Subject, name: str, period: int | None, context: int) -> None:
@@ -134,14 +134,14 @@ class TestRounds:
     def test_bytes_of_any_cache_are_those_of_its_tensors(self, subject: Subject) -> None:
         """4 bits take less than a quarter of float32 for transformers' cache too, whose tensors are subclasses."""
         sizes = {}
-        for name in ("dynamic", "transformers:quanto:4", "kvquant:reference:4"):
+        for name in ("dynamic", "transformers:hqq:4", "kvquant:reference:4"):
             cache = Contender.parse(name).make(subject.model.config)
             for layer, (keys, values) in enumerate(subject.history(1024)):
                 cache.update(keys, values, layer)
             sizes[name] = cache_bytes(cache)
         full = 2 * 2 * 2 * 1024 * 16 * 4
         assert sizes["dynamic"] == full
-        assert full / 8 < sizes["transformers:quanto:4"] < full / 4
+        assert full / 8 < sizes["transformers:hqq:4"] < full / 4
         assert full / 8 < sizes["kvquant:reference:4"] < full / 2
 
     def test_a_model_without_room_for_the_context_is_refused(self, tmp_path: object) -> None:
@@ -161,7 +161,7 @@ class TestReport:
     def test_a_report_has_every_cache_at_every_context(self) -> None:
         """In the order asked for, with figures from every round."""
         done: list[float] = []
-        options = tiny("dynamic,transformers:quanto:4,kvquant:reference:2")
+        options = tiny("dynamic,transformers:hqq:4,kvquant:reference:2")
         report = bench(options, done.append)
         labels = [contender.label for contender in options.contenders]
         assert [(made.cache, made.context) for made in report.results] == [(c, n) for n in (64, 200) for c in labels]
