@@ -191,7 +191,7 @@ def _can_attend(
         gqa and key.shape[1] == value.shape[1] and query.shape[1] % key.shape[1] == 0
     )
     mask_fits = mask is None or (
-        mask.dim() <= 4
+        2 <= mask.dim() <= 4
         and not mask.requires_grad
         and mask.dtype in (torch.bool, torch.float32, query.dtype)
         and mask.shape[-1] in (1, key.shape[2])

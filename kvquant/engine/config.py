@@ -108,14 +108,22 @@ class CacheConfig:
     @classmethod
     def from_json(cls, text: str) -> CacheConfig:
         """Make a config from what `to_json` wrote."""
-        return cls.from_dict(mapping("the JSON text", json.loads(text)))
+        try:
+            options = json.loads(text)
+        except ValueError as cause:
+            raise OptionValueError("the JSON text", text[:40], f"valid JSON; {cause}") from cause
+        return cls.from_dict(mapping("the JSON text", options))
 
     @classmethod
     def from_yaml(cls, text: str) -> CacheConfig:
         """Make a config from what `to_yaml` wrote."""
         import yaml
 
-        return cls.from_dict(mapping("the YAML text", yaml.safe_load(text)))
+        try:
+            options = yaml.safe_load(text)
+        except yaml.YAMLError as cause:
+            raise OptionValueError("the YAML text", text[:40], f"valid YAML; {cause}") from cause
+        return cls.from_dict(mapping("the YAML text", options))
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:

@@ -54,6 +54,21 @@ def test_a_config_survives_a_file(tmp_path, suffix):
     assert CacheConfig.from_file(path) == config
 
 
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (CacheConfig.from_json, "{nbits: 2"),
+        (CacheConfig.from_yaml, "nbits: [2"),
+        (CacheConfig.from_json, "[1]"),
+        (CacheConfig.from_yaml, "just words"),
+    ],
+)
+def test_text_that_is_no_config_is_refused(read, text):
+    """As an option would be, with what the parser says."""
+    with pytest.raises(OptionValueError, match=r"the (JSON|YAML) text="):
+        read(text)
+
+
 def test_a_config_holds_plain_builtins():
     """What is written to a file needs nothing of kvquant to be read."""
     assert json.loads(CacheConfig(compute_dtype=torch.float16).to_json())["compute_dtype"] == "float16"
