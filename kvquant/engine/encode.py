@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.packing import pack
 from kvquant.errors import BackendContractError, QuantizationError
-from kvquant.plugin.quantizer import Opaque, QuantizedRows, Quantizer
+from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
 
 #: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
@@ -169,6 +170,8 @@ class Encoder:
             for row in block.split(1):
                 result = self._quantize(row)
                 packed.append(self._checked_opaque(result))
+            if packed and not pieces:
+                self._check_readable(packed[0], block[0].numel())
             pieces.append(EncodedOpaque(tuple(packed), self.block))
         return pieces
 
@@ -196,6 +199,14 @@ class Encoder:
             if not isinstance(tensor, Tensor):
                 raise self._broken(f"Opaque.tensors[{name!r}] is {type(tensor).__name__} instead of a tensor")
         return result
+
+    def _check_readable(self, packed: Opaque, numbers: int) -> None:
+        """Read one block of a call back, before the states that it stands for are let go."""
+        values = cast("OpaqueQuantizer", self.quantizer).dequantize(packed)
+        expected = (numbers // self.scheme.group_size, self.scheme.group_size)
+        if not isinstance(values, Tensor) or tuple(values.shape) != expected:
+            shown = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise self._broken(f"dequantize returned {shown} instead of a tensor of shape {list(expected)}")
 
     def _checked(self, result: object, n_groups: int, device: torch.device) -> QuantizedRows:
         if not isinstance(result, QuantizedRows):

@@ -59,12 +59,17 @@ def test_a_backend_that_fails_half_way_loses_nothing(backend, opaque, fails_on, 
 def test_an_opaque_backend_that_fails_to_read_is_named(backend):
     """With layer, stream and the tokens of the block."""
 
+    broken = {"now": False}
+
     class Unreadable(OpaqueMinMax):
         def dequantize(self, packed):
-            raise RuntimeError("cannot read")
+            if broken["now"]:
+                raise RuntimeError("cannot read")
+            return super().dequantize(packed)
 
     layer = make(backend=backend(Unreadable, formats=("opaque",)), sink_length=2)
     layer.update(states(30), states(30))
+    broken["now"] = True
     with pytest.raises(
         QuantizationError, match="failed on layer 3, key states of tokens 2 to 9: RuntimeError: cannot read"
     ):

@@ -190,6 +190,19 @@ def test_opaque_contents_must_be_tensors():
         list(encoder(wrong, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))
 
 
+def test_an_opaque_backend_that_reads_another_shape_is_caught_before_states_are_let_go():
+    """One block of each call is read back at the border."""
+
+    class Short(OpaqueMinMax):
+        def dequantize(self, packed):
+            return super().dequantize(packed)[1:]
+
+    with pytest.raises(
+        BackendContractError, match=r"dequantize returned \[31, 32\] instead of a tensor of shape \[32, 32\]"
+    ):
+        list(encoder(Short, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))
+
+
 def test_opaque_blocks_are_kept_by_batch_row():
     """One object for each block and batch row, whatever is inside."""
     pieces = list(encoder(OpaqueMinMax, formats=("opaque",)).encode(torch.randn(3, 2, 64, 32), 0))
