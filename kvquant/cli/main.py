@@ -18,6 +18,7 @@ from kvquant.errors import ConfigError, KVQuantError
 COMMANDS = {
     "list-backends": ("kvquant.cli.list_backends", "list_backends", "List the backends that are installed."),
     "info": ("kvquant.cli.info", "info", "Show everything about one backend."),
+    "new-plugin": ("kvquant.cli.new_plugin", "new_plugin", "Write a new plugin project to start from."),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
 }

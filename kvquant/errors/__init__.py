@@ -7,7 +7,9 @@ attributes, so that code need not parse text::
     ├── ConfigError (ValueError)            an option, before anything runs
     │   ├── UnknownOptionError              a misspelt option or preset
     │   ├── OptionValueError                a value that can never work
-    │   └── UnsupportedError                a value that this backend or model cannot do
+    │   ├── UnsupportedError                a value that this backend or model cannot do
+    │   └── PluginNameError                 a name that a new plugin cannot have
+    │       └── PluginNameTakenError        ... because an installed backend has it
     ├── BackendError                        a backend, or the declaration of one
     │   ├── UnknownBackendError (ValueError)        no installed backend has that name
     │   ├── BackendUnavailableError (ImportError)   there is one, and it cannot be used
@@ -30,6 +32,7 @@ attributes, so that code need not parse text::
     ├── StaleStatesError (RuntimeError)     states read after the cache behind them has changed
     ├── ReadOnlyStatesError (RuntimeError)  states written to
     ├── ModelLoadError (OSError)            a model that could not be loaded
+    ├── ProjectFolderError (OSError)        a folder that a new project cannot be written to
     ├── MissingExtraError (ImportError)     a library that only an extra brings
     └── PendingAssignmentError (RuntimeError)  keys were assigned, and values that fit them were not
 """
@@ -61,6 +64,11 @@ from kvquant.errors.registry import (
     MissingRequirementError,
     OutdatedRequirementError,
     UnknownBackendError,
+)
+from kvquant.errors.scaffold import (
+    PluginNameError,
+    PluginNameTakenError,
+    ProjectFolderError,
 )
 from kvquant.errors.states import (
     BackendContractError,
@@ -98,6 +106,9 @@ __all__ = [
     "MissingRequirementError",
     "OutdatedRequirementError",
     "UnknownBackendError",
+    "PluginNameError",
+    "PluginNameTakenError",
+    "ProjectFolderError",
     "BackendContractError",
     "CropError",
     "MissingExtraError",

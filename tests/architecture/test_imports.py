@@ -22,6 +22,9 @@ LIGHT = {
     "command: list-backends": "run('list-backends')",
     "command: list-backends --json": "run('list-backends', '--json')",
     "command: info": "run('info', 'reference')",
+    "command: new-plugin": (
+        "import tempfile; there = tempfile.TemporaryDirectory(); run('new-plugin', 'foo', '--directory', there.name)"
+    ),
     "command: help": "run('--help')",
     "command: version": "run('--version')",
     "command: unknown backend": "run('info', 'xyzzy')",

@@ -19,6 +19,8 @@ EXAMPLES = [
     errors.PendingAssignmentError("key", 3, 5),
     errors.ModelLoadError("model", OSError("not there\nmore")),
     errors.UnknownBackendError("hqqq", ["hqq"]),
+    errors.PluginNameTakenError("hqq", "kvquant", "1.0", "my-hqq"),
+    errors.ProjectFolderError("here", "it exists and is not empty"),
     errors.MissingExtraError("psutil", "pip install 'kvquant[eval]'"),
 ]
 
@@ -43,6 +45,8 @@ def test_errors_cross_a_process_boundary(error):
         (errors.BackendUnavailableError, ImportError),
         (errors.UnknownBackendError, ValueError),
         (errors.ModelLoadError, OSError),
+        (errors.PluginNameError, ValueError),
+        (errors.ProjectFolderError, OSError),
         (errors.MissingExtraError, ImportError),
     ],
 )

@@ -1,0 +1,6 @@
+"""New plugin projects, written from templates. Imports no torch."""
+
+from kvquant.scaffold.names import Names, names_for
+from kvquant.scaffold.project import new_project
+
+__all__ = ["Names", "names_for", "new_project"]
