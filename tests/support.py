@@ -13,34 +13,64 @@ class MinMax:
     def __init__(self, scheme: Scheme) -> None:
         self.levels = 2**scheme.nbits - 1
 
+    def grid(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rows in float32 or wider, and their scale and offset, safe for rows as wide as the type."""
+        numbers = rows if rows.dtype == torch.float64 else rows.float()
+        low, high = numbers.amin(1), numbers.amax(1)
+        limit = torch.finfo(numbers.dtype).max / self.levels * (1 - 1e-6)
+        return numbers, (high / self.levels - low / self.levels).clamp(max=limit), low
+
+    def codes(self, numbers: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Return the nearest codes."""
+        steps = (numbers - offset[:, None]) / torch.where(scale > 0, scale, 1)[:, None]
+        return steps.round().clamp(0, self.levels).to(torch.uint8)
+
     def quantize(self, rows: torch.Tensor) -> QuantizedRows:
-        low, high = rows.amin(1), rows.amax(1)
-        scale = (high - low) / self.levels
-        steps = (rows - low[:, None]) / torch.where(scale > 0, scale, 1)[:, None]
-        return QuantizedRows(steps.round().clamp(0, self.levels).to(torch.uint8), scale, offset=low)
+        numbers, scale, offset = self.grid(rows)
+        return QuantizedRows(self.codes(numbers, scale, offset), scale, offset)
 
 
 class UniformCodebook(MinMax):
     """A codebook quantiser: nearest entry of an even table from -1 to 1, scaled by the largest magnitude."""
 
     def quantize(self, rows: torch.Tensor) -> QuantizedRows:
-        table = torch.linspace(-1, 1, self.levels + 1, dtype=rows.dtype)
-        scale = rows.abs().amax(1)
-        unit = rows / torch.where(scale > 0, scale, 1)[:, None]
+        numbers = rows if rows.dtype == torch.float64 else rows.float()
+        table = torch.linspace(-1, 1, self.levels + 1, dtype=numbers.dtype)
+        scale = numbers.abs().amax(1)
+        unit = numbers / torch.where(scale > 0, scale, 1)[:, None]
         codes = ((unit + 1) / 2 * self.levels).round().clamp(0, self.levels)
         return QuantizedRows(codes.to(torch.uint8), scale, table=table)
 
 
 class OpaqueMinMax(MinMax):
-    """The affine quantiser in a format of its own."""
+    """The affine quantiser in a format of its own: codes of 1, 2 and 4 bits two to a byte, those of 8 one."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.group_size, self.packs = scheme.group_size, scheme.nbits <= 4
 
     def quantize(self, rows: torch.Tensor) -> Opaque:  # type: ignore[override]
         plain = super().quantize(rows)
-        return Opaque({"codes": plain.codes, "scale": plain.scale, "offset": plain.offset}, {"made": "here"})
+        assert plain.offset is not None
+        codes = packed_nibbles(plain.codes) if self.packs else plain.codes
+        return Opaque({"codes": codes, "scale": plain.scale, "offset": plain.offset}, {"made": "here"})
 
     def dequantize(self, packed: Opaque) -> torch.Tensor:
-        tensors = packed.tensors
-        return tensors["codes"] * tensors["scale"][:, None] + tensors["offset"][:, None]
+        codes = packed.tensors["codes"]
+        if self.packs:
+            codes = unpacked_nibbles(codes, self.group_size)
+        return codes * packed.tensors["scale"][:, None] + packed.tensors["offset"][:, None]
+
+
+def packed_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes below 16, uint8 ``[n_groups, group_size]``, two to a byte: ``[n_groups, (group_size + 1) // 2]``."""
+    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return even[:, ::2] | even[:, 1::2] << 4
+
+
+def unpacked_nibbles(packed: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return what `packed_nibbles` packed."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1)[:, :group_size]
 
 
 FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "opaque": OpaqueMinMax}

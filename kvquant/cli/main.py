@@ -19,6 +19,7 @@ COMMANDS = {
     "list-backends": ("kvquant.cli.list_backends", "list_backends", "List the backends that are installed."),
     "info": ("kvquant.cli.info", "info", "Show everything about one backend."),
     "new-plugin": ("kvquant.cli.new_plugin", "new_plugin", "Write a new plugin project to start from."),
+    "check-plugin": ("kvquant.cli.check_plugin", "check_plugin", "Check a backend against the plugin contract."),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
 }

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.packing import pack
 from kvquant.errors import BackendContractError, QuantizationError
@@ -139,8 +140,9 @@ class Encoder:
         return list(self._by_scale_dtype(parts[0] if len(parts) == 1 else self._join(parts)))
 
     @property
-    def _wide_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+    def border(self) -> Border:
+        """The checks that everything passes on its way from the backend into the core."""
+        return Border(self.backend, self.scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
 
     def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
         rows = states_to_rows(states.to(self.dtype), self.scheme.axis, self.scheme.group_size)
@@ -153,14 +155,15 @@ class Encoder:
         shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
         result = self._quantize(states)
         n_groups = states.numel() // scheme.group_size
-        rows = self._checked(result, n_groups, states.device)
+        border = self.border
+        rows = border.rows(result, n_groups, states.device)
         codes = rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size)
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
             codes=pack(codes, scheme.nbits),
-            scale=rows.scale.to(self._wide_dtype).reshape(grid),
-            offset=None if rows.offset is None else rows.offset.to(self._wide_dtype).reshape(grid),
-            table=None if rows.table is None else rows.table.to(self._wide_dtype),
+            scale=rows.scale.to(border.wide_dtype).reshape(grid),
+            offset=None if rows.offset is None else rows.offset.to(border.wide_dtype).reshape(grid),
+            table=None if rows.table is None else rows.table.to(border.wide_dtype),
         )
 
     def _encode_opaque(self, states: Tensor) -> list[Piece]:
@@ -169,83 +172,42 @@ class Encoder:
             packed = []
             for row in block.split(1):
                 result = self._quantize(row)
-                packed.append(self._checked_opaque(result))
+                packed.append(self.border.opaque(result))
             if packed and not pieces:
-                self._check_readable(packed[0], block[0].numel())
+                # One block of a call is read back before the states that it stands for are let go.
+                self.read(packed[0], block[0].numel())
             pieces.append(EncodedOpaque(tuple(packed), self.block))
         return pieces
+
+    def read(self, packed: Opaque, numbers: int) -> Tensor:
+        """Have the backend read one of its own blocks.
+
+        Args:
+            packed: the block of one batch row.
+            numbers: how many it stands for.
+
+        Returns:
+            Floating ``[n_groups, group_size]``.
+
+        Raises:
+            BackendContractError: the backend returned something of another kind or shape.
+        """
+        values = cast("OpaqueQuantizer", self.quantizer).dequantize(packed)
+        return self.border.read(values, numbers // self.scheme.group_size)
 
     def _join(self, parts: list[Encoded]) -> Encoded:
         """Join pieces of different batch rows along the batch."""
         first = parts[0]
         if any(part.table is not None and not torch.equal(part.table, _given(first.table)) for part in parts):
-            raise self._broken("table differs between calls; a codebook must not depend on the rows")
+            raise BackendContractError(
+                self.backend, "table differs between calls; a codebook must not depend on the rows"
+            )
         return Encoded(
             codes=torch.cat([part.codes for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
             offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
             table=first.table,
         )
-
-    # -------------------------------------------------------------------------------------------- the border
-
-    def _broken(self, problem: str) -> BackendContractError:
-        return BackendContractError(self.backend, problem)
-
-    def _checked_opaque(self, result: object) -> Opaque:
-        if not isinstance(result, Opaque):
-            raise self._broken(f"quantize returned {type(result).__name__} where its only format is opaque")
-        for name, tensor in result.tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise self._broken(f"Opaque.tensors[{name!r}] is {type(tensor).__name__} instead of a tensor")
-        return result
-
-    def _check_readable(self, packed: Opaque, numbers: int) -> None:
-        """Read one block of a call back, before the states that it stands for are let go."""
-        values = cast("OpaqueQuantizer", self.quantizer).dequantize(packed)
-        expected = (numbers // self.scheme.group_size, self.scheme.group_size)
-        if not isinstance(values, Tensor) or tuple(values.shape) != expected:
-            shown = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise self._broken(f"dequantize returned {shown} instead of a tensor of shape {list(expected)}")
-
-    def _checked(self, result: object, n_groups: int, device: torch.device) -> QuantizedRows:
-        if not isinstance(result, QuantizedRows):
-            raise self._broken(f"quantize returned {type(result).__name__} instead of QuantizedRows")
-        if (result.offset is None) == (result.table is None):
-            raise self._broken("QuantizedRows needs either offset (affine) or table (codebook), and not both")
-        kind = "affine" if result.table is None else "codebook"
-        if kind not in self.formats:
-            raise self._broken(f"quantize returned the format {kind!r}, declared are {', '.join(self.formats)}")
-        levels = 2**self.scheme.nbits
-        self._check_tensor("codes", result.codes, (n_groups, self.scheme.group_size), device, floating=False)
-        self._check_tensor("scale", result.scale, (n_groups,), device)
-        if result.offset is not None:
-            self._check_tensor("offset", result.offset, (n_groups,), device)
-        if result.table is not None:
-            self._check_tensor("table", result.table, (levels,), device)
-            if result.table.min() == result.table.max():
-                raise self._broken("table holds one value only")
-        if levels < 256 and n_groups and (top := int(result.codes.max())) >= levels:
-            raise self._broken(f"code {top} is out of range for nbits={self.scheme.nbits}; the largest is {levels - 1}")
-        return result
-
-    def _check_tensor(
-        self, name: str, tensor: object, shape: tuple[int, ...], device: torch.device, *, floating: bool = True
-    ) -> None:
-        if not isinstance(tensor, Tensor):
-            raise self._broken(f"{name} is {type(tensor).__name__} instead of a tensor")
-        if tuple(tensor.shape) != shape:
-            raise self._broken(f"{name} has shape {list(tensor.shape)} instead of {list(shape)}")
-        if tensor.device != device:
-            raise self._broken(f"{name} is on {tensor.device} instead of {device}")
-        if floating and not tensor.is_floating_point():
-            raise self._broken(f"{name} has dtype {tensor.dtype} instead of a floating type")
-        if not floating and tensor.dtype != torch.uint8:
-            raise self._broken(f"{name} has dtype {tensor.dtype} instead of torch.uint8")
-        if floating and tensor.numel():
-            low, high = torch.aminmax(tensor.to(self._wide_dtype))
-            if not bool(low.isfinite() & high.isfinite()):
-                raise self._broken(f"{name} holds NaN or infinity, or leaves the range of {self._wide_dtype}")
 
     # -------------------------------------------------------------------------------------------- stored precision
 
@@ -278,13 +240,22 @@ class Encoder:
         scale, reach = piece.scale, float(2**self.scheme.nbits - 1)
         step = scale.abs()
         if piece.table is not None:
-            gaps = piece.table.sort().values.diff()
-            step, reach = step * float(gaps[gaps > 0].min()), float(piece.table.abs().max())
+            reach = _entry_over_gap(piece.table)
         error = (scale.half().to(scale.dtype) - scale).abs() * reach
         if piece.offset is not None:
             error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()
         by_block: Tensor = (error <= _HALF_PRECISION_SHARE * step).unflatten(2, (piece.tokens // self.block, -1))
         return by_block.transpose(0, 2).flatten(1).all(dim=1)
+
+
+def _entry_over_gap(table: Tensor) -> float:
+    """Return the largest magnitude of a table's entry over the gap to its nearest neighbour."""
+    entries = table.unique()  # sorted
+    gaps = entries.diff()
+    nearest = torch.minimum(
+        torch.nn.functional.pad(gaps, (1, 0), value=torch.inf), torch.nn.functional.pad(gaps, (0, 1), value=torch.inf)
+    )
+    return float((entries.abs() / nearest).max())
 
 
 def _given(tensor: Tensor | None) -> Tensor:

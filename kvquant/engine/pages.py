@@ -17,7 +17,7 @@ from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, rows_to_states, ungrouped
 from kvquant.engine.packing import unpack
 from kvquant.errors import BackendContractError, QuantizationError
-from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer
+from kvquant.plugin.quantizer import Opaque
 
 #: Bytes that an in-place selection may copy at once.
 _SELECT_BYTES = 1 << 22
@@ -224,22 +224,18 @@ class OpaquePage:
         encoder = self._encoder
         position = self._first_token + index * encoder.block
         shape = (1, self._kv_heads, encoder.block, self._head_dim)
-        group_size = encoder.scheme.group_size
-        expected = (self._kv_heads * encoder.block * self._head_dim // group_size, group_size)
+        numbers = self._kv_heads * encoder.block * self._head_dim
         states = []
         for row in self._blocks[index]:
             try:
-                values = cast("OpaqueQuantizer", encoder.quantizer).dequantize(row)
+                values = encoder.read(row, numbers)
+            except BackendContractError:
+                raise
             except Exception as cause:
                 raise QuantizationError(
                     encoder.backend, encoder.stream, position, position + encoder.block, cause, encoder.where
                 ) from cause
-            if not isinstance(values, Tensor) or tuple(values.shape) != expected:
-                shown = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise BackendContractError(
-                    encoder.backend, f"dequantize returned {shown} instead of a tensor of shape {list(expected)}"
-                )
-            states.append(rows_to_states(values.to(dtype), shape, encoder.scheme.axis, group_size))
+            states.append(rows_to_states(values.to(dtype), shape, encoder.scheme.axis, encoder.scheme.group_size))
         return torch.cat(states)
 
     def select(self, indices: Tensor) -> None:

@@ -1,0 +1,76 @@
+"""``kvquant check-plugin NAME``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from kvquant.cli.console import console, progress_bar
+from kvquant.cli.describe import clean, quietly
+from kvquant.errors import origin
+
+if TYPE_CHECKING:
+    from kvquant.testing import Report
+
+_STYLES = {"passed": "green", "failed": "red", "not applicable": "dim"}
+
+
+@click.command("check-plugin")
+@click.argument("name")
+@click.option("--nbits", metavar="N[,N...]", help="Widths to check.  [default: all that the backend declares]")
+@click.option(
+    "--option",
+    "options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="An option of the backend to check it with; may be given again.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
+@click.pass_context
+def check_plugin(ctx: click.Context, name: str, nbits: str | None, options: tuple[str, ...], as_json: bool) -> None:
+    """Check the backend NAME against the plugin contract: what it returns, how well, and what it imports.
+
+    Exit code 1 if a check fails. Where several distributions have a backend of one name, NAME is "distribution:name".
+    """
+    from kvquant.testing import check_backend
+    from kvquant.testing.checks import CHECKS
+    from kvquant.testing.options import parse_options, parse_widths
+
+    widths, chosen = parse_widths(nbits), parse_options(options)
+    with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=as_json) as advance:
+        report = quietly(
+            lambda: check_backend(name, nbits=widths, options=chosen, progress=lambda _: advance(1)),
+        )
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        _show(report)
+    if not report.ok:
+        ctx.exit(1)
+
+
+def _show(report: Report) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = console(pipe_width=140)
+    chosen = "".join(f", {option}={value}" for option, value in report.options.items())
+    widths = ", ".join(map(str, report.nbits))
+    out.print(
+        f"{clean(report.backend)}, from {clean(origin(report.distribution, report.version))}, "
+        f"at {widths} bits{clean(chosen)}",
+        markup=False,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("check", "result", "what it demands"):
+        table.add_column(heading, no_wrap=heading != "what it demands", overflow="fold")
+    for outcome in report.outcomes:
+        style = _STYLES[outcome.status]
+        # A reason may hold a plugin's own words.
+        reason = f"\n[{style}]{escape(clean(outcome.reason))}[/]" if outcome.reason else ""
+        table.add_row(outcome.check, f"[{style}]{outcome.status}[/]", escape(outcome.title) + reason)
+    out.print(table)
+    counts = {status: sum(outcome.status == status for outcome in report.outcomes) for status in _STYLES}
+    out.print(", ".join(f"{count} {status}" for status, count in counts.items()), style="bold" if report.ok else "red")

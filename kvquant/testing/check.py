@@ -1,0 +1,108 @@
+"""What a check is, and how one is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvquant.errors import KVQuantError
+from kvquant.registry.guard import describe
+from kvquant.testing.outcomes import CheckFailed, NotApplicable, Outcome, Status
+from kvquant.testing.subject import Case, Subject
+
+#: How often a check runs: for every declared combination; for every width at a few group sizes; for every width and
+#: floating type; once.
+Per = Literal["combination", "width", "dtype", "backend"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One demand on a backend.
+
+    Attributes:
+        name: short, for tables and for picking it.
+        title: the demand in one line.
+        per: what it runs for; `run` takes a `Case`, or the `Subject` where that is the backend.
+        basic: whether a combination that fails here is left out of all later checks, which could only fail over the
+            same thing again.
+        run: raises `CheckFailed`, or anything else, if the backend does not meet it, and `NotApplicable` if there is
+            nothing to look at; what it returns, if anything, says what was left out.
+    """
+
+    name: str
+    title: str
+    per: Per
+    basic: bool
+    run: Callable[[Any], str | None]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, subject: Subject) -> Outcome:
+        """Run the check for all of its cases and return what came of it."""
+        start = time.perf_counter()
+        cases: Sequence[Case | None] = [None] if self.per == "backend" else subject.cases(self.per)
+        failures: list[tuple[Case | None, str]] = []
+        beside: list[str] = []
+        apply = 0
+        for case in cases:
+            try:
+                note = self.run(subject if case is None else case)
+                beside += [note] if note else []
+                apply += 1
+            except NotApplicable as nothing:
+                beside.append(str(nothing))
+            except CheckFailed as failure:
+                failures.append((case, str(failure)))
+            except Exception as error:  # noqa: BLE001 # a plugin may raise anything; that is a failure and not an end
+                # Of kvquant's own errors about a plugin, the part that is about it.
+                problem = getattr(error, "problem", None) if isinstance(error, KVQuantError) else None
+                failures.append((case, problem or f"raised {describe(error)}"))
+        if self.basic:
+            subject.leave_out(case for case, _ in failures if case is not None)
+        status, reason = _verdict(failures, beside, len(cases), applies=apply > 0)
+        return Outcome(self.name, self.title, status, reason, len(cases), round(time.perf_counter() - start, 3))
+
+
+def _verdict(
+    failures: list[tuple[Case | None, str]], beside: list[str], cases: int, *, applies: bool
+) -> tuple[Status, str]:
+    if failures:
+        case, reason = failures[0]
+        shown = reason if case is None else f"{case}: {reason}"
+        others = f" ({len(failures)} of {cases} cases fail)" if cases > 1 else ""
+        return "failed", shown + others
+    if not cases:
+        return "not applicable", "every combination failed an earlier check"
+    unique = "; ".join(dict.fromkeys(beside))
+    return ("passed" if applies else "not applicable"), unique
+
+
+def check(name: str, per: Per, *, basic: bool = False) -> Callable[[Callable[[Any], str | None]], Check]:
+    """Make a check of a function; the first line of its docstring is what it demands."""
+
+    def make(function: Callable[[Any], str | None]) -> Check:
+        title = (function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        return Check(name, title, per, basic, function)
+
+    return make
+
+
+def require(truth: object, reason: str) -> None:
+    """Raise CheckFailed with `reason` unless `truth`."""
+    if not truth:
+        raise CheckFailed(reason)
+
+
+def require_same(differences: Iterable[str], what: str) -> None:
+    """Raise CheckFailed if there are differences, naming them after `what`."""
+    found = list(differences)
+    require(not found, f"{what}: {', '.join(found)} differ")
+
+
+def needs_determinism(case: Case) -> None:
+    """Raise NotApplicable where results cannot be compared bit by bit."""
+    if not case.backend.capabilities.deterministic:
+        raise NotApplicable("the backend declares that it is not deterministic")

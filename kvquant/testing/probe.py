@@ -1,0 +1,155 @@
+"""A fresh process that looks at one backend: ``python -m kvquant.testing.probe TASK``, with a task in JSON.
+
+What it finds goes to standard output as the last line, in JSON. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from kvquant import registry
+from kvquant.errors import BackendUnavailableError
+from kvquant.registry.discovery import normalise_distribution
+from kvquant.registry.guard import describe
+from kvquant.testing.outcomes import CheckFailed
+
+_TIMEOUT = 300
+
+
+def probe(task: str, **arguments: Any) -> dict[str, Any]:
+    """Run a task in a fresh process, with the path of this one, and return what it found.
+
+    Args:
+        task: the name of a function below.
+        arguments: its arguments, plain builtins.
+
+    Raises:
+        CheckFailed: the process ended in another way, with the end of what it wrote.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(  # noqa: S603 # this very interpreter, this very module
+            [sys.executable, "-m", "kvquant.testing.probe", json.dumps({"task": task, **arguments})],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"a fresh process was not done after {_TIMEOUT} seconds") from None
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        end = (done.stderr.strip() or done.stdout.strip())[-300:]
+        raise CheckFailed(f"a fresh process ended with code {done.returncode}: {end}") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ in that process
+
+
+def listing(name: str) -> dict[str, Any]:
+    """Look the backend up as ``kvquant list-backends`` does; return what that imported and printed."""
+    before = set(sys.modules)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = registry.find_backend(name).availability.status
+    imported = {module.partition(".")[0] for module in set(sys.modules) - before}
+    return {"imported": sorted(imported), "printed": printed.getvalue(), "status": status}
+
+
+def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: str, device: str) -> dict[str, Any]:
+    """Make a quantizer and quantise a few rows where the modules `hidden` are not installed.
+
+    Returns:
+        ``stage``: ``"done"``, or where it failed, ``"create"`` or ``"quantize"``; ``error``: in words; ``explained``:
+        whether it is an error of kvquant's own; ``printed``: what was printed; ``digest``: of the result.
+    """
+    import torch
+
+    from kvquant.plugin.quantizer import Opaque
+    from kvquant.plugin.spec import Scheme
+
+    sys.meta_path[:] = [_Hider(list(sys.meta_path), frozenset(hidden))]
+    for module in [module for module in sys.modules if module.partition(".")[0] in hidden]:
+        del sys.modules[module]
+    found: dict[str, Any] = {"stage": "create", "error": "", "explained": False, "printed": "", "digest": ""}
+    printed = io.StringIO()
+    rows = torch.randn(8, scheme["group_size"], generator=torch.Generator().manual_seed(0))
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            quantizer = registry.get_backend(name).create(Scheme(**scheme))
+            found["stage"] = "quantize"
+            result = quantizer.quantize(rows.to(device, getattr(torch, dtype)))
+        found["stage"] = "done"
+    except Exception as error:  # noqa: BLE001 # whatever it is, it is what was to be found out
+        found |= {"error": describe(error), "explained": isinstance(error, BackendUnavailableError)}
+        return found
+    tensors = dict(result.tensors) if isinstance(result, Opaque) else {"codes": result.codes, "scale": result.scale}
+    digest = hashlib.sha256()
+    for part in sorted(tensors):
+        digest.update(part.encode() + bytes(tensors[part].cpu().contiguous().view(torch.uint8).flatten().tolist()))
+    return found | {"digest": digest.hexdigest(), "printed": printed.getvalue()}
+
+
+def missing(name: str, distributions: Sequence[str]) -> dict[str, Any]:
+    """Look the backend up where these distributions, by normalised name, are not installed."""
+    version = importlib.metadata.version
+
+    def without(distribution: str) -> str:
+        if normalise_distribution(distribution) in distributions:
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return version(distribution)
+
+    importlib.metadata.version = without  # type: ignore[assignment]  # the name of its argument differs
+    state = registry.find_backend(name).availability
+    return {"status": state.status, "reason": state.reason, "hint": state.hint}
+
+
+class _Hider:
+    """Finds modules as before, all but some, as though they were not installed."""
+
+    def __init__(self, finders: list[Any], hidden: Collection[str]) -> None:
+        self._finders, self._hidden = finders, hidden
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the module's spec, or None; see `importlib.abc.MetaPathFinder`."""
+        if name.partition(".")[0] in self._hidden:
+            return None
+        for finder in self._finders:
+            spec: ModuleSpec | None = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+    def invalidate_caches(self) -> None:
+        """Pass it on."""
+        for finder in self._finders:
+            if hasattr(finder, "invalidate_caches"):
+                finder.invalidate_caches()
+
+    def find_distributions(self, *arguments: Any, **keywords: Any) -> Any:
+        """Pass it on: metadata of distributions stays as it is."""
+        for finder in self._finders:
+            if hasattr(finder, "find_distributions"):
+                yield from finder.find_distributions(*arguments, **keywords)
+
+
+if __name__ == "__main__":
+    _arguments = json.loads(sys.argv[1])
+    _tasks: dict[str, Callable[..., dict[str, Any]]] = {"listing": listing, "create": create, "missing": missing}
+    print(json.dumps(_tasks[_arguments.pop("task")](**_arguments)))  # this is what it is for

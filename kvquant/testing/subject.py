@@ -1,0 +1,238 @@
+"""The backend under test: which combinations to try, and how to look at what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kvquant import registry
+from kvquant.engine.border import Border
+from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
+from kvquant.plugin.spec import Axis, BackendSpec, Scheme
+from kvquant.registry import Backend
+from kvquant.registry.backend import IN_PROCESS
+
+#: Group sizes tried where a backend takes any: small and odd, the usual ones, and heads of 80 and 112 channels.
+_ANY_SIZE = (7, 32, 40, 64, 112, 128, 256)
+
+#: Group sizes tried at most of those that a backend lists.
+_MOST_SIZES = 8
+
+_USUAL_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination that the backend says it can do.
+
+    Attributes:
+        backend: the backend.
+        scheme: bits, axis, group size and options.
+        dtype: floating type of the rows.
+        device: where they are.
+    """
+
+    backend: Backend
+    scheme: Scheme
+    dtype: torch.dtype
+    device: str
+
+    def __str__(self) -> str:
+        scheme = self.scheme
+        place = "" if self.device == "cpu" else f" on {self.device}"
+        return f"nbits={scheme.nbits}, axis={scheme.axis}, group_size={scheme.group_size}, {_name(self.dtype)}{place}"
+
+    @property
+    def key(self) -> tuple[int, Axis, int, torch.dtype, str]:
+        """What makes the case, hashable."""
+        return self.scheme.nbits, self.scheme.axis, self.scheme.group_size, self.dtype, self.device
+
+    @property
+    def border(self) -> Border:
+        """The core's own checks of what comes back."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return Border(self.backend.name, self.scheme, self.backend.capabilities.formats, wide)
+
+    def quantizer(self) -> Quantizer:
+        """Make a new quantizer."""
+        return self.backend.create(self.scheme)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return `values` as the rows of this case: a contiguous copy in its type and on its device."""
+        limit = torch.finfo(self.dtype).max
+        return values.double().clamp(-limit, limit).to(self.device, self.dtype, copy=True).contiguous()
+
+    def quantize(self, rows: Tensor, quantizer: Quantizer | None = None) -> Result:
+        """Quantise a copy of `rows` with `quantizer`, or a new one; the core looks at shapes, types and devices.
+
+        A copy, so that a backend which writes into its input fails over that and not over everything.
+
+        Raises:
+            BackendContractError: they are not as the contract says.
+        """
+        made = quantizer or self.quantizer()
+        return self.result(made.quantize(rows.clone()), rows, made)
+
+    def result(self, result: object, rows: Tensor, made: Quantizer) -> Result:
+        """Return what `made` returned for `rows`, once the core has looked at it."""
+        if self.border.is_opaque:
+            packed = self.border.opaque(result)
+            return Result(self.border, packed, len(rows), cast("OpaqueQuantizer", made))
+        return Result(self.border, self.border.shaped(result, len(rows), rows.device), len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What came back for some rows.
+
+    Attributes:
+        border: the core's checks of it.
+        raw: as the backend returned it.
+        n_groups: number of rows.
+        reader: what reads it, for the opaque format.
+    """
+
+    border: Border
+    raw: QuantizedRows | Opaque
+    n_groups: int
+    reader: OpaqueQuantizer | None = None
+
+    def read(self) -> Tensor:
+        """Return the numbers that it stands for, float64 ``[n_groups, group_size]``."""
+        if isinstance(self.raw, Opaque):
+            reader = cast("OpaqueQuantizer", self.reader)
+            return self.border.read(reader.dequantize(self.raw), self.n_groups).detach().double()
+        rows = self.raw
+        scale, codes = rows.scale.detach().double()[:, None], rows.codes
+        if rows.table is not None:
+            return rows.table.detach().double()[codes.long()] * scale
+        return codes.double() * scale + cast("Tensor", rows.offset).detach().double()[:, None]
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return what there is of each row, each ``[n_groups, ...]``; of the opaque format the numbers it stands for.
+
+        They are copies: what a quantizer does to its own tensors later does not reach them.
+        """
+        if isinstance(self.raw, Opaque):
+            return {"dequantised numbers": self.read().clone()}
+        named = {"codes": self.raw.codes, "scale": self.raw.scale, "offset": self.raw.offset}
+        return {name: part.clone() for name, part in named.items() if part is not None}
+
+    def table(self) -> Tensor | None:
+        """Return the table of the codebook format."""
+        return self.raw.table if isinstance(self.raw, QuantizedRows) else None
+
+
+def differences(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the names of parts (see `Result.parts`) that are not the same in every bit."""
+    for name in one.keys() | other.keys():
+        if name not in one or name not in other or not _same_bits(one[name], other[name]):
+            yield name
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    both_nan = one.isnan() & other.isnan() if one.is_floating_point() and other.is_floating_point() else False
+    return one.shape == other.shape and one.dtype == other.dtype and bool(((one == other) | both_nan).all())
+
+
+@dataclass
+class Subject:
+    """A backend under test.
+
+    Attributes:
+        backend: the backend; usable, with a declaration.
+        nbits: widths to try.
+        options: the backend's options to try it with.
+    """
+
+    backend: Backend
+    nbits: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _unsound: set[object] = field(default_factory=set)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices that are declared and that this machine has."""
+        return tuple(device for device in self.backend.capabilities.devices if has_device(device))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Floating types that are declared, float32 first."""
+        declared = [getattr(torch, name) for name in self.backend.capabilities.dtypes]
+        return tuple(sorted(declared, key=lambda dtype: dtype != torch.float32))
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes to try, the most usual first."""
+        sizes = sorted(self.backend.capabilities.group_sizes or _ANY_SIZE)
+        if len(sizes) > _MOST_SIZES:
+            last = len(sizes) - 1
+            sizes = [sizes[round(index * last / (_MOST_SIZES - 1))] for index in range(_MOST_SIZES)]
+        return tuple(sorted(sizes, key=lambda size: abs(size - _USUAL_SIZE)))
+
+    def cases(self, per: str) -> list[Case]:
+        """Return the combinations to try.
+
+        Args:
+            per: ``"combination"``: all bits, axes and group sizes, and all types at the usual size; ``"width"``: all
+                bits at the usual and at the smallest size; ``"dtype"``: all bits and types at the usual size.
+        """
+        axes = self.backend.capabilities.axes
+        usual, smallest = self.group_sizes[0], min(self.group_sizes)
+        main = self.dtypes[0]
+        grid = {
+            "combination": [
+                *((nbits, axis, size, main) for nbits in self.nbits for axis in axes for size in self.group_sizes),
+                *((nbits, axes[0], usual, dtype) for nbits in self.nbits for dtype in self.dtypes),
+            ],
+            "width": [
+                (nbits, axes[index % len(axes)], size, main)
+                for nbits in self.nbits
+                for index, size in enumerate((usual, smallest))
+            ],
+            "dtype": [(nbits, axes[0], usual, dtype) for nbits in self.nbits for dtype in self.dtypes],
+        }[per]
+        cases = [
+            Case(self.backend, Scheme(nbits, cast("Axis", axis), size, self.options), dtype, device)
+            for device in self.devices
+            for nbits, axis, size, dtype in dict.fromkeys(grid)
+        ]
+        return [case for case in cases if case.key not in self._unsound]
+
+    def leave_out(self, cases: Iterable[Case]) -> None:
+        """Leave these cases out from now on."""
+        self._unsound.update(case.key for case in cases)
+
+
+@contextmanager
+def known_name(backend: Backend) -> Iterator[str]:
+    """Yield the name by which a cache finds the backend, registering one that is but a declaration for that time."""
+    if backend.distribution != IN_PROCESS or not isinstance(backend.spec, BackendSpec):
+        yield backend.qualified_name
+        return
+    known = [other.name for other in registry.list_backends() if other.distribution == IN_PROCESS]
+    if backend.name in known:
+        yield backend.qualified_name
+        return
+    registry.register(backend.spec, replace=True)
+    try:
+        yield backend.qualified_name
+    finally:
+        registry.unregister(backend.name)
+
+
+def has_device(device: str) -> bool:
+    """Whether this machine can hold a tensor on `device`."""
+    try:
+        return torch.zeros(1, device=device).device.type == device
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's ways to say no, by device
+        return False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,507 @@
+"""Backends with one bug each, and the check of the conformance kit that must find it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant.plugin import BackendSpec, Capabilities, Opaque, QuantizedRows, Scheme
+from tests.support import MinMax, OpaqueMinMax, UniformCodebook, packed_nibbles, unpacked_nibbles
+
+
+class HQQAxisZero:
+    """hqq with axis=0, which reshapes rows to [group_size, -1]: a group takes one number from many rows."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.nbits, self.group_size = scheme.nbits, scheme.group_size
+
+    def quantize(self, rows: Tensor) -> Opaque:
+        from hqq.core.quantize import Quantizer
+
+        codes, meta = Quantizer.quantize(
+            rows.float(),
+            nbits=self.nbits,
+            axis=0,
+            group_size=self.group_size,
+            device="cpu",
+            compute_dtype=torch.float32,
+            bitpack=False,
+        )
+        nibbles = packed_nibbles(codes.to(torch.uint8).reshape(rows.shape))
+        return Opaque({"codes": nibbles, "scale": meta["scale"], "zero": meta["zero"]}, {"rows": len(rows)})
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        codes = unpacked_nibbles(packed.tensors["codes"], self.group_size).reshape(self.group_size, -1)
+        numbers = (codes - packed.tensors["zero"]) * packed.tensors["scale"]
+        return numbers.reshape(packed.meta["rows"], self.group_size)
+
+
+class BitsAndBytesBlockSize:
+    """bitsandbytes with blocks of twice the last dimension, whose scales its dequantize_4bit then mixes up on CPU."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.group_size = scheme.group_size
+
+    def quantize(self, rows: Tensor) -> Opaque:
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(rows.float(), blocksize=2 * self.group_size, quant_type="nf4")
+        return Opaque({"codes": packed, "scale": state.absmax}, {"rows": len(rows)})
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        from bitsandbytes import functional
+
+        state = functional.QuantState(
+            packed.tensors["scale"],
+            shape=torch.Size((packed.meta["rows"], self.group_size)),
+            code=functional.get_4bit_type("nf4", device="cpu"),
+            blocksize=2 * self.group_size,
+            quant_type="nf4",
+            dtype=torch.float32,
+        )
+        numbers: Tensor = functional.dequantize_4bit(packed.tensors["codes"], state)
+        return numbers
+
+
+class SharedHeads(MinMax):
+    """Rows of the first and the second half of the call, that is of two heads, share their scale."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, low = self.grid(rows)
+        half = len(rows) // 2
+        if half and len(rows) % 2 == 0:
+            low = low.reshape(2, half).amin(0).repeat(2)
+            high = numbers.amax(1).reshape(2, half).amax(0).repeat(2)
+            scale = high / self.levels - low / self.levels
+        return QuantizedRows(self.codes(numbers, scale, low), scale, low)
+
+
+class OneScaleForAll(MinMax):
+    """One scale for all rows of a call."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, _, low = self.grid(rows)
+        low = low.amin().expand(len(rows)).clone()
+        scale = numbers.max() / self.levels - low / self.levels
+        return QuantizedRows(self.codes(numbers, scale, low), scale, low)
+
+
+class GlobalStop(MinMax):
+    """A refinement that stops for all rows at once, when their mean error no longer falls, as hqq's does."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, offset = self.grid(rows)
+        result, best = super().quantize(rows), float("inf")
+        for _ in range(20):
+            codes = self.codes(numbers, scale, offset)
+            error = numbers - (codes * scale[:, None] + offset[:, None])
+            mean = float(error.abs().mean())
+            if mean >= best:
+                break
+            best, result = mean, QuantizedRows(codes, scale, offset)
+            offset = offset + error.median(dim=1).values / 2
+        return result
+
+
+class InPlace(MinMax):
+    """Changes the rows that it was handed."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        rows.sub_(rows.mean())
+        return result
+
+
+class KeepsInput(OpaqueMinMax):
+    """Stores the first number of each row as a view of the rows, and offsets beside it."""
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        first = rows[:, 0]
+        return Opaque({**packed.tensors, "offset": packed.tensors["offset"] - first, "first": first}, packed.meta)
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        offset = packed.tensors["offset"] + packed.tensors["first"]
+        return super().dequantize(Opaque({**packed.tensors, "offset": offset}, packed.meta))
+
+
+class NaNOnConstant(MinMax):
+    """hqq's formula without care: offset = -zero / s, with s infinite where a row is constant."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, low = self.grid(rows)
+        s = 1 / scale
+        zero = -low * s
+        codes = (numbers * s[:, None] + zero[:, None]).round().clamp(0, self.levels).nan_to_num()
+        return QuantizedRows(codes.to(torch.uint8), 1 / s, -zero / s)
+
+
+class OffByOne(MinMax):
+    """Codes are one too high, up to the largest."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows((result.codes + 1).clamp(max=self.levels), result.scale, result.offset)
+
+
+class OneLevelTooMany(MinMax):
+    """2**nbits steps in place of 2**nbits - 1, so that the largest number gets a code that does not exist."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.levels = min(2**scheme.nbits, 255)
+
+
+class CutsOff(MinMax):
+    """Rounds down."""
+
+    def codes(self, numbers: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return super().codes(numbers - scale[:, None] / 2, scale, offset)
+
+
+class ThreeBitsTakeFour(MinMax):
+    """3 bits come as 4."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.levels = 15 if scheme.nbits == 3 else 2**scheme.nbits - 1
+
+
+class ThreeBitsInNibbles(OpaqueMinMax):
+    """3 bits are stored two to a byte, as 4 bits are."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(Scheme(4, scheme.axis, scheme.group_size))
+        self.levels = 2**scheme.nbits - 1
+
+
+class WastesCodes(MinMax):
+    """Steps are three times too wide, so that most codes are never used."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, low = self.grid(rows)
+        scale = (scale * 3).clamp(max=torch.finfo(scale.dtype).max / self.levels)
+        return QuantizedRows(self.codes(numbers, scale, low), scale, low)
+
+
+class RunningRange(MinMax):
+    """Lets no step be smaller than a thousandth of the largest number of all calls so far."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.largest = 0.0
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, low = self.grid(rows)
+        scale = scale.clamp(min=self.largest / 1000)
+        self.largest = max(self.largest, float(rows.abs().max()))
+        return QuantizedRows(self.codes(numbers, scale, low), scale, low)
+
+
+class ReusedBuffer(MinMax):
+    """Writes the codes of every call of one size into the same tensor."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.buffers: dict[torch.Size, Tensor] = {}
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        buffer = self.buffers.setdefault(rows.shape, torch.empty_like(result.codes))
+        buffer.copy_(result.codes)
+        return QuantizedRows(buffer, result.scale, result.offset)
+
+
+class SharedLevels(MinMax):
+    """Keeps its bits on the class, so that the last quantizer made decides for all."""
+
+    latest = 1
+
+    def __init__(self, scheme: Scheme) -> None:
+        type(self).latest = 2**scheme.nbits - 1
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return type(self).latest
+
+
+class NotThreadSafe(MinMax):
+    """Passes rows from one method to the next through itself."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        self.rows = rows
+        time.sleep(0.001)  # where another thread gets its turn
+        return super().quantize(self.rows)
+
+
+class HalfOverflow(MinMax):
+    """Works in the type of the rows: max - min of float16 numbers can be infinite."""
+
+    def grid(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if rows.dtype != torch.float16:
+            return super().grid(rows)
+        low, high = rows.amin(1), rows.amax(1)
+        return rows, (high - low) / self.levels, low
+
+
+class SmallestStep(MinMax):
+    """Keeps the step above 1e-5, to be safe."""
+
+    def grid(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers, scale, low = super().grid(rows)
+        return numbers, scale.clamp(min=1e-5), low
+
+
+class RootMeanSquare(UniformCodebook):
+    """Computes a mean square in float32, which is infinite for huge numbers."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows.float())
+        mean_square = rows.float().square().mean(1)
+        scale = torch.where(mean_square > 0, result.scale * mean_square / mean_square, 0)
+        return QuantizedRows(result.codes, scale, table=result.table)
+
+
+class WrapsAround(MinMax):
+    """Takes the range from what is usual in a row, and lets numbers beyond wrap around."""
+
+    def grid(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = rows.float()
+        usual = numbers.abs().median(dim=1).values * 6
+        reach = torch.where(usual > 0, usual, numbers.abs().amax(1)).clamp(max=1e37)
+        return numbers, 2 * reach / self.levels, -reach
+
+    def codes(self, numbers: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        steps = (numbers - offset[:, None]) / torch.where(scale > 0, scale, 1)[:, None]
+        return (steps.round().clamp(-1e9, 1e9).long() & self.levels).to(torch.uint8)
+
+
+class NoZero(UniformCodebook):
+    """Has no level at zero and keeps its scale above a thousandth, so that zeros become noise."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows(result.codes, result.scale.clamp(min=1e-3), table=result.table)
+
+
+class ColumnScale(MinMax):
+    """Returns scales as a column."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows(result.codes, result.scale[:, None], result.offset)
+
+
+class WideCodes(MinMax):
+    """Returns codes as int32."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows(result.codes.int(), result.scale, result.offset)
+
+
+class Dithered(MinMax):
+    """Rounds by chance, and does not say so."""
+
+    def codes(self, numbers: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return super().codes(numbers + (torch.rand_like(numbers) - 0.5) * scale[:, None], scale, offset)
+
+
+class TableFromRows(MinMax):
+    """Learns its table from the rows of the call."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        scale = rows.float().abs().amax(1)
+        unit = rows.float() / scale.where(scale > 0, 1)[:, None]
+        table = torch.quantile(unit.flatten()[:100_000], torch.linspace(0, 1, self.levels + 1))
+        table = table + torch.linspace(0, 1e-5, self.levels + 1)
+        codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+        return QuantizedRows(codes.to(torch.uint8), scale, table=table)
+
+
+class NoEightBits(MinMax):
+    """Declares 8 bits and cannot do them."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        if scheme.nbits == 8:
+            raise ValueError("nbits=8 is not supported")
+        super().__init__(scheme)
+
+
+class NoBrainFloat(MinMax):
+    """Declares bfloat16 and cannot take it."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        return super().quantize(torch.from_numpy(rows.numpy()))
+
+
+class OnlyEvenSizes(MinMax):
+    """Takes pairs of numbers, and declares any group size."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        return super().quantize(rows.view(len(rows), -1, 2).flatten(1))
+
+
+class Lenient(Capabilities):
+    """Has nothing against anything."""
+
+    def why_not(self, scheme: Scheme, device: str | None = None, dtype: str | None = None) -> list[str]:
+        return []
+
+
+class IgnoresOption(MinMax):
+    """Takes any value of its option for the default."""
+
+
+class MisnamesOption(MinMax):
+    """Refuses a bad value without saying of which option."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        if scheme.options.get("search", True) not in (True, False):
+            raise ValueError("bad value")
+
+
+class ReadsFromItself(OpaqueMinMax):
+    """Keeps the scales of the last call to itself in place of storing them."""
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        self.scale = packed.tensors["scale"]
+        return Opaque({name: t for name, t in packed.tensors.items() if name != "scale"}, packed.meta)
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        return super().dequantize(Opaque({**packed.tensors, "scale": self.scale}, packed.meta))
+
+
+class MetaWithTypes(OpaqueMinMax):
+    """Puts something into meta that JSON has no word for."""
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        return Opaque(packed.tensors, {**packed.meta, "dtype": rows.dtype})
+
+
+class KeepsTheCall(OpaqueMinMax):
+    """Stores scales as views of a work area of the size of the call."""
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        work = torch.zeros(rows.shape)
+        work[:, 0] = packed.tensors["scale"]
+        return Opaque({**packed.tensors, "scale": work[:, 0]}, packed.meta)
+
+
+class DitheredReading(OpaqueMinMax):
+    """Adds noise whenever it is read."""
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        numbers = super().dequantize(packed)
+        return numbers + torch.rand_like(numbers) * packed.tensors["scale"][:, None] * 0.1
+
+
+class Learned(MinMax):
+    """Has a parameter to learn, whose gradient every result drags along."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows(result.codes, result.scale * self.gain, result.offset)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One broken backend.
+
+    Attributes:
+        factory: the backend's factory.
+        check: the check that must fail.
+        says: what its reason must contain.
+        also: other checks that may fail over the same bug, and no others.
+        capabilities: what the backend declares.
+        declaration: the class of the declaration.
+    """
+
+    factory: Callable[[Scheme], Any]
+    check: str
+    says: str
+    also: tuple[str, ...] = ()
+    capabilities: dict[str, Any] = field(default_factory=dict)
+    declaration: type[Capabilities] = Capabilities
+
+    def __str__(self) -> str:
+        return f"{getattr(self.factory, '__name__', 'backend')}-{self.check}"
+
+    @property
+    def spec(self) -> BackendSpec:
+        """The declaration of the backend."""
+        name = "broken-" + getattr(self.factory, "__name__", "backend").lower()
+        declared = {"nbits": (2, 3, 4, 8), **self.capabilities}
+        return BackendSpec(name, self.factory, self.declaration(**declared))
+
+
+OPAQUE: dict[str, Any] = {"formats": ("opaque",), "nbits": (4,), "group_sizes": (32, 64, 128)}
+THREE_OPAQUE: dict[str, Any] = {"formats": ("opaque",), "nbits": (3,), "group_sizes": (256,)}
+CODEBOOK: dict[str, Any] = {"formats": ("codebook",)}
+SEARCH: dict[str, Any] = {"options": {"search": "how to look"}}
+
+#: Checks that compare results bit by bit: no wonder if several of them see one bug.
+ROWS_TOGETHER = ("groups", "heads", "split", "cache")
+CALLS = ("deterministic", "split", "stateless", "unshared", "modes", "threads", "cache")
+EVERY = (*CALLS, "groups", "heads", "input")
+HARD_ROWS = ("constant", "zeros", "tiny", "huge", "half-precision")
+
+BUGS = (
+    Bug(HQQAxisZero, "groups", "and of other groups", (*ROWS_TOGETHER, *HARD_ROWS, "error-bound"), OPAQUE),
+    Bug(
+        BitsAndBytesBlockSize,
+        "error-bound",
+        "times that of an even grid",
+        (*ROWS_TOGETHER, *HARD_ROWS, "outliers"),
+        OPAQUE,
+    ),
+    Bug(SharedHeads, "heads", "and of other heads", (*ROWS_TOGETHER, "error-bound", "zeros", "huge")),
+    Bug(OneScaleForAll, "groups", "and of other groups", (*ROWS_TOGETHER, *HARD_ROWS, "error-bound")),
+    Bug(GlobalStop, "groups", "and of other groups", (*ROWS_TOGETHER, "deterministic")),
+    Bug(InPlace, "input", "quantize changed its input"),
+    Bug(KeepsInput, "input", "memory the result shares", ("bits", "huge"), OPAQUE),
+    Bug(NaNOnConstant, "constant", "NaN", HARD_ROWS),
+    Bug(OffByOne, "nearest-level", "times that of the nearest levels", ("error-bound", "half-precision", "outliers")),
+    Bug(OneLevelTooMany, "code-range", "out of range"),
+    Bug(CutsOff, "nearest-level", "times that of the nearest levels"),
+    Bug(ThreeBitsTakeFour, "code-range", "code 15 is out of range for nbits=3"),
+    Bug(ThreeBitsInNibbles, "bits", "bits a number are stored", (), THREE_OPAQUE),
+    Bug(WastesCodes, "error-bound", "times that of an even grid", ("half-precision",)),
+    Bug(RunningRange, "stateless", "after a call with other rows", CALLS),
+    Bug(ReusedBuffer, "stateless", "wrote into what an earlier one returned", ("modes", "threads", "cache")),
+    Bug(SharedLevels, "unshared", "after another quantizer was used"),
+    Bug(NotThreadSafe, "threads", "instead of"),
+    Bug(HalfOverflow, "half-precision", "NaN or infinity"),
+    Bug(SmallestStep, "tiny", "numbers around 1e-06"),
+    Bug(RootMeanSquare, "huge", "NaN or infinity", (), CODEBOOK),
+    Bug(WrapsAround, "outliers", "the error is", ("error-bound", "nearest-level", *HARD_ROWS)),
+    Bug(NoZero, "zeros", "zeros came back as", ("tiny", "constant"), CODEBOOK),
+    Bug(ColumnScale, "shapes", "scale has shape [1, 1] instead of [1]"),
+    Bug(WideCodes, "shapes", "codes has dtype torch.int32 instead of torch.uint8"),
+    Bug(Dithered, "deterministic", "the same rows again", (*EVERY, "nearest-level")),
+    Bug(TableFromRows, "split", "differ", ("groups", "heads", "cache", "threads"), CODEBOOK),
+    Bug(NoEightBits, "creates", "nbits=8 is not supported"),
+    Bug(NoBrainFloat, "shapes", "BFloat16"),
+    Bug(OnlyEvenSizes, "shapes", "group_size=7"),
+    Bug(MinMax, "refusals", "why_not has nothing against nbits=1", (), {}, Lenient),
+    Bug(IgnoresOption, "options", "is taken without a word", (), SEARCH),
+    Bug(MisnamesOption, "options", "does not name the option", (), SEARCH),
+    Bug(MinMax, "devices", "none of the declared devices is here", (), {"devices": ("xpu",)}),
+    Bug(ReadsFromItself, "opaque-reading", "raised AttributeError", (*CALLS, *ROWS_TOGETHER), OPAQUE),
+    Bug(MetaWithTypes, "opaque-reading", "not JSON serializable", (), OPAQUE),
+    Bug(KeepsTheCall, "bits", "is a view that keeps", (), OPAQUE),
+    Bug(DitheredReading, "opaque-reading", "reading twice gives different numbers", EVERY, OPAQUE),
+    Bug(DitheredReading, "cache", "changed the states", ("opaque-reading",), {**OPAQUE, "deterministic": False}),
+    Bug(Learned, "modes", "asks for gradients"),
+)
