@@ -13,38 +13,54 @@ from kvquant_plugins.quanto import kvquant_register_backends
 from tests.unit.plugins.conftest import quantizer, read
 
 QTYPES = {2: quanto.qint2, 4: quanto.qint4, 8: quanto.qint8}
+FLOATS = ("qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2")
 
 
-def library(rows: Tensor, nbits: int, optimizer: str) -> Tensor:
+def library(rows: Tensor, qtype: quanto.qtype, optimizer: str) -> Tensor:
     """Dequantise what quanto makes of rows in one call."""
     if optimizer == "absmax":
-        scale = quanto.AbsmaxOptimizer()(rows, QTYPES[nbits], 0)
-        return quanto.quantize_weight(rows, QTYPES[nbits], 0, scale).dequantize()
+        scale = quanto.AbsmaxOptimizer()(rows, qtype, 0)
+        return quanto.quantize_weight(rows, qtype, 0, scale).dequantize()
     chosen = quanto.MaxOptimizer() if optimizer == "max" else quanto.HqqOptimizer()
-    scale, shift = chosen(rows, QTYPES[nbits], 0, rows.shape[1])
-    return quanto.quantize_weight(rows, QTYPES[nbits], 0, scale, shift, rows.shape[1]).dequantize()
+    # Through `optimize`, which takes a single row for what it is.
+    scale, shift = chosen.optimize(rows, qtype, 0)
+    return quanto.quantize_weight(rows, qtype, 0, scale, shift).dequantize()
 
 
 @pytest.mark.parametrize(("nbits", "optimizer"), [(2, "max"), (4, "max"), (8, "absmax")])
 def test_states_are_quanto_s(nbits: int, optimizer: str, random_rows: Tensor) -> None:
     """The same codes, the same scale, the same numbers back; these are the defaults."""
     ours = read(quantizer("quanto", nbits).quantize(random_rows))
-    torch.testing.assert_close(ours, library(random_rows, nbits, optimizer), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, library(random_rows, QTYPES[nbits], optimizer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("qtype", FLOATS)
+def test_states_in_8_bit_floats_are_quanto_s(qtype: str, random_rows: Tensor) -> None:
+    """Digit for digit, though table and scale share the size between them otherwise."""
+    result = quantizer("quanto", 8, qtype=qtype).quantize(random_rows)
+    assert torch.equal(read(result), library(random_rows, getattr(quanto, qtype), "absmax"))
+    assert 1 < result.table.max() < 2
+    assert torch.equal(result.codes.view(getattr(torch, qtype.removeprefix("q"))).isnan().sum(), torch.tensor(0))
 
 
 @pytest.mark.parametrize("nbits", [2, 4])
 def test_hqq_states_are_quanto_s_for_each_row_alone(nbits: int, random_rows: Tensor) -> None:
-    """Row by row, twice, since quanto takes a single row for a tensor without groups.
-
-    Where a step leaves the same mean error, the last digit of a float32 sum decides in the library whether it is kept.
-    """
+    """Row by row, the same steps to the last digit; and better than min/max."""
     ours = read(quantizer("quanto", nbits, optimizer="hqq").quantize(random_rows))
-    theirs = torch.cat([library(row.expand(2, -1), nbits, "hqq")[:1] for row in random_rows.split(1)])
-    equal = torch.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all(dim=1)
-    assert equal.float().mean() > 0.9
-    errors = [(states - random_rows).abs().mean() for states in (ours, theirs)]
-    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=0)
-    assert errors[0] < (read(quantizer("quanto", nbits).quantize(random_rows)) - random_rows).abs().mean()
+    theirs = torch.cat([library(row, QTYPES[nbits], "hqq") for row in random_rows.split(1)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    plain = read(quantizer("quanto", nbits).quantize(random_rows))
+    assert (ours - random_rows).abs().mean() < (plain - random_rows).abs().mean()
+
+
+def test_quanto_itself_has_no_other_pairs_of_width_and_optimizer(random_rows: Tensor) -> None:
+    """Why absmax is not offered with 2 and 4 bits, nor max with 8. Should this fail, the library has learnt it."""
+    scale = quanto.AbsmaxOptimizer()(random_rows, quanto.qint4, 0)
+    with pytest.raises(ValueError, match="shift must be specified"):
+        quanto.quantize_weight(random_rows, quanto.qint4, 0, scale)
+    scale, shift = quanto.MaxOptimizer()(random_rows, quanto.qint8, 0)
+    with pytest.raises(ValueError, match="shift cannot be specified"):
+        quanto.quantize_weight(random_rows, quanto.qint8, 0, scale, shift)
 
 
 @pytest.mark.parametrize("nbits", [2, 4, 8])
@@ -69,11 +85,19 @@ def test_integer_axes_are_transformers(axis: int, nbits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nbits", "optimizer", "works"), [(8, "max", "absmax"), (4, "absmax", "max, hqq"), (2, "best", "max, hqq")]
+    ("nbits", "option", "value", "works"),
+    [
+        (8, "optimizer", "max", "absmax"),
+        (4, "optimizer", "absmax", "max, hqq"),
+        (2, "optimizer", "best", "max, hqq"),
+        (4, "qtype", "qfloat8_e5m2", "qint4"),
+        (2, "qtype", "qint4", "qint2"),
+        (8, "qtype", "qfloat8", "qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2"),
+    ],
 )
-def test_an_optimizer_that_does_not_fit_is_refused(nbits: int, optimizer: str, works: str) -> None:
+def test_an_option_that_does_not_fit_is_refused(nbits: int, option: str, value: str, works: str) -> None:
     """The message names the option, the value and what works."""
     with pytest.raises(
-        ValueError, match=f"^optimizer={optimizer!r} is not supported with nbits={nbits}; supported: {works}$"
+        ValueError, match=f"^{option}={value!r} is not supported with nbits={nbits}; supported: {works}$"
     ):
-        quantizer("quanto", nbits, optimizer=optimizer)
+        quantizer("quanto", nbits, **{option: value})

@@ -22,6 +22,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     *(("reference", nbits, {}) for nbits in (1, 2, 3, 4, 8)),
     *(("quanto", nbits, {"optimizer": optimizer}) for nbits in (2, 4) for optimizer in ("max", "hqq")),
     ("quanto", 8, {"optimizer": "absmax"}),
+    *(("quanto", 8, {"qtype": f"qfloat8_{kind}"}) for kind in ("e4m3fn", "e4m3fnuz", "e5m2")),
     *(("hqq", nbits, {"optimize": optimize}) for nbits in (1, 2, 3, 4, 8) for optimize in (True, False)),
     ("bitsandbytes", 4, {"quant_type": "nf4"}),
     ("bitsandbytes", 4, {"quant_type": "fp4"}),
