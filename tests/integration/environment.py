@@ -44,6 +44,7 @@ class Environment:
         link_packages(root / "libraries", only=libraries)
         self._see("dependencies", root / "dependencies")
         self._libraries = root / "libraries"
+        self._script("pytest", "import pytest; raise SystemExit(pytest.main())")
         # Python 3.11 puts an old one into new environments, before the one that torch is content with.
         self.pip("uninstall", "--yes", "setuptools")
 
@@ -55,23 +56,19 @@ class Environment:
             cwd: where to run it.
             code: the exit code that is expected; None for any.
         """
-        script = Path(self._paths["scripts"]) / str(command[0])
-        done = subprocess.run(
-            [script, *command[1:]],
-            cwd=cwd or self.work,
-            env=self.variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert code in (None, done.returncode), f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        return self._finished([Path(self._paths["scripts"]) / command[0], *command[1:]], cwd, code)
+
+    def shell(self, commands: str, cwd: Path | None = None) -> str:
+        """Run what one types into a shell in which the environment is active; stop at the first failure."""
+        return self._finished(["bash", "-c", f"set -e\n{commands}"], cwd, 0)
 
     @property
     def variables(self) -> dict[str, str]:
         """Environment variables: none that could lead pip or Python elsewhere."""
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON", "KVQUANT_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PIP_", "PYTHON", "PYTEST_", "KVQUANT_"))
         }
         return kept | {
             "PATH": os.pathsep.join([self._paths["scripts"], kept.get("PATH", "")]),
@@ -117,6 +114,18 @@ class Environment:
             yield
         finally:
             link.unlink()
+
+    def _finished(self, command: list[str | Path], cwd: Path | None, code: int | None) -> str:
+        folder = cwd or self.work
+        done = subprocess.run(command, cwd=folder, env=self.variables, capture_output=True, text=True, check=False)
+        assert code in (None, done.returncode), f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def _script(self, name: str, code: str) -> None:
+        """Write a console script, which links to packages do not bring."""
+        script = Path(self._paths["scripts"]) / name
+        script.write_text(f"#!{Path(self._paths['scripts']) / 'python'}\n{code}\n")
+        script.chmod(0o755)
 
     def _see(self, name: str, folder: Path) -> Path:
         link = Path(self._paths["purelib"]) / f"{name}.pth"
