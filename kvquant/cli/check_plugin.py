@@ -27,9 +27,12 @@ _STYLES = {"passed": "green", "failed": "red", "not applicable": "dim"}
     multiple=True,
     help="An option of the backend to check it with; may be given again.",
 )
+@click.option("--check", "checks", metavar="CHECK", multiple=True, help="Run this check only; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @click.pass_context
-def check_plugin(ctx: click.Context, name: str, nbits: str | None, options: tuple[str, ...], as_json: bool) -> None:
+def check_plugin(
+    ctx: click.Context, name: str, nbits: str | None, options: tuple[str, ...], checks: tuple[str, ...], as_json: bool
+) -> None:
     """Check the backend NAME against the plugin contract: what it returns, how well, and what it imports.
 
     Exit code 1 if a check fails. Where several distributions have a backend of one name, NAME is "distribution:name".
@@ -41,7 +44,9 @@ def check_plugin(ctx: click.Context, name: str, nbits: str | None, options: tupl
     widths, chosen = parse_widths(nbits), parse_options(options)
     with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=as_json) as advance:
         report = quietly(
-            lambda: check_backend(name, nbits=widths, options=chosen, progress=lambda _: advance(1)),
+            lambda: check_backend(
+                name, nbits=widths, options=chosen, checks=checks or None, progress=lambda _: advance(1)
+            )
         )
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))

@@ -5,6 +5,8 @@ All are float64 ``[n_groups, group_size]`` on the CPU and the same at every call
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,19 +48,24 @@ def rms(error: Tensor) -> Tensor:
     return error.square().mean(dim=1).sqrt()
 
 
-def noise_ratio(rows: Tensor, read: Tensor, nbits: int) -> float:
-    """Return the error beside that of an even grid: 1 for plain symmetric rounding, 2 for a bit less than promised.
+def even_grid_error(rows: Tensor, nbits: int) -> Tensor:
+    """Return the root mean square error of rounding each row to an even grid, in theory, ``[n_groups]``.
 
     The error of rounding to a grid of step d is uniform on (-d/2, d/2), whose root mean square is ``d / sqrt(12)``
     (Bennett 1948, "Spectra of Quantized Signals").
+    """
+    return step(rows, nbits) / math.sqrt(12)
+
+
+def error_ratio(rows: Tensor, read: Tensor, due: Tensor) -> float:
+    """Return the error beside the one that is due: 1 for as good as that, 2 for a bit less than promised.
 
     Args:
         rows: ``[n_groups, group_size]``; no row all zero.
         read: what came back, of the same shape.
-        nbits: bits of the grid.
+        due: root mean square error of each row in theory, ``[n_groups]``.
     """
-    even = step(rows, nbits) / 12**0.5
-    return float((rms(read - rows) / even).square().mean().sqrt())
+    return float((rms(read - rows) / due).square().mean().sqrt())
 
 
 def nearest_in_table(rows: Tensor, table: Tensor, scale: Tensor) -> Tensor:

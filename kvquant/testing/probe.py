@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -95,8 +95,8 @@ def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: s
             result = quantizer.quantize(rows.to(device, getattr(torch, dtype)))
         found["stage"] = "done"
     except Exception as error:  # noqa: BLE001 # whatever it is, it is what was to be found out
-        found |= {"error": describe(error), "explained": isinstance(error, BackendUnavailableError)}
-        return found
+        problem = getattr(error, "problem", describe(error))
+        return found | {"error": problem, "explained": isinstance(error, BackendUnavailableError)}
     tensors = dict(result.tensors) if isinstance(result, Opaque) else {"codes": result.codes, "scale": result.scale}
     digest = hashlib.sha256()
     for part in sorted(tensors):
@@ -119,17 +119,22 @@ def missing(name: str, distributions: Sequence[str]) -> dict[str, Any]:
 
 
 class _Hider:
-    """Finds modules as before, all but some, as though they were not installed."""
+    """Finds modules as before, all but some, as though they were not installed.
+
+    Copies of them that another distribution carries along (setuptools does) are on a path of their own, which it adds
+    later; those are found.
+    """
 
     def __init__(self, finders: list[Any], hidden: Collection[str]) -> None:
         self._finders, self._hidden = finders, hidden
+        self._path = set(sys.path)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the module's spec, or None; see `importlib.abc.MetaPathFinder`."""
-        if name.partition(".")[0] in self._hidden:
-            return None
+        if path is None and name in self._hidden:
+            return PathFinder.find_spec(name, [entry for entry in sys.path if entry not in self._path], target)
         for finder in self._finders:
             spec: ModuleSpec | None = finder.find_spec(name, path, target)
             if spec is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvquant import registry
-from kvquant.errors import BackendSpecError, OptionValueError, UnsupportedError, listing
+from kvquant.errors import BackendSpecError, OptionValueError, UnknownOptionError, UnsupportedError, listing
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry import Backend
 from kvquant.registry.availability import Availability
@@ -22,6 +22,7 @@ def check_backend(
     *,
     nbits: Iterable[int] | None = None,
     options: Mapping[str, Any] | None = None,
+    checks: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Check a backend against the plugin contract.
@@ -30,6 +31,8 @@ def check_backend(
         backend: the name of one that is installed or registered, or a declaration, which need not be registered.
         nbits: widths to check; None for all that are declared.
         options: the backend's own options to check it with; they must fit all of `nbits`.
+        checks: names of the checks to run; None for all. The basic ones among the others run as well, unreported,
+            because they leave out combinations that do not work at all.
         progress: called with each check's name before it runs.
 
     Returns:
@@ -39,13 +42,22 @@ def check_backend(
         UnknownBackendError, BackendUnavailableError: there is no such backend, or it cannot be used.
         BackendSpecError: the declaration cannot work.
         OptionValueError, UnsupportedError: `nbits` or `options` are not declared.
+        UnknownOptionError: there is no check of a name in `checks`.
     """
+    known = [check.name for check in CHECKS]
+    wanted = known if checks is None else list(checks)
+    for name in wanted:
+        if name not in known:
+            raise UnknownOptionError("check", name, known)
     subject = make_subject(backend, nbits=nbits, options=options)
     outcomes: list[Outcome] = []
     for check in CHECKS:
         if progress:
             progress(check.name)
-        outcomes.append(check(subject))
+        if check.name in wanted:
+            outcomes.append(check(subject))
+        elif check.basic:
+            check(subject)
     found = subject.backend
     return Report(found.name, found.distribution, found.version, subject.options, subject.nbits, tuple(outcomes))
 

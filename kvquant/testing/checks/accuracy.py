@@ -56,22 +56,14 @@ def error_bound(case: Case) -> None:
         raise NotApplicable(f"not measured on groups below {_SHORTEST}")
     rows = case.rows(data.spread(64, size))
     result = case.quantize(rows)
-    numbers, read = rows.double(), result.read()
+    numbers, read, table = rows.double(), result.read(), result.table()
     require_finite(read)
-    table = result.table()
-    if table is None:
-        ratio, bound = data.noise_ratio(numbers, read, nbits), f"an even grid of {nbits} bits"
-    else:
-        # Tables need not be even: those shaped like floating point give up precision at the top for range.
-        best = data.best_scale_error(numbers, table.double())
-        ratio, bound = float((data.rms(read - numbers) / best).square().mean().sqrt()), "the best scales for its table"
-        half = -(-nbits // 2)
-        coarse = data.noise_ratio(numbers, read, half)
-        require(coarse <= _THEORY_LIMIT, f"the error is {coarse:.2f} times that of an even grid of {half} bits")
-    require(
-        ratio <= _THEORY_LIMIT,
-        f"the error is {ratio:.2f} times that of {bound}; at most {_THEORY_LIMIT:.0f} times is allowed",
-    )
+    due, what = data.even_grid_error(numbers, nbits), f"an even grid of {nbits} bits"
+    if table is not None:
+        # Tables need not be even: those shaped like floating point give up precision at the top for range below.
+        due, what = torch.maximum(due, data.best_scale_error(numbers, table.detach().double())), f"{what} or this table"
+        _require_ratio(data.error_ratio(numbers, read, data.even_grid_error(numbers, -(-nbits // 2))), "half the bits")
+    _require_ratio(data.error_ratio(numbers, read, due), what)
 
 
 @check("constant", "width")
@@ -145,10 +137,13 @@ def half_precision(case: Case) -> None:
     top = min(torch.finfo(case.dtype).max, 60000.0)
     for values in (data.gaussian(32, size), data.gaussian(32, size).clamp(-4, 4) * (top / 4)):
         rows = case.rows(values)
-        read = case.quantize(rows).read()
+        result = case.quantize(rows)
+        read = result.read()
         require_finite(read)
-        ratio = data.noise_ratio(rows.double(), read, nbits if case.quantize(rows).table() is None else -(-nbits // 2))
-        require(ratio <= _THEORY_LIMIT, f"numbers up to {float(rows.abs().max()):.0f}: {ratio:.2f} times the error due")
+        bits = nbits if result.table() is None else -(-nbits // 2)
+        due = data.even_grid_error(rows.double(), bits)
+        what = f"an even grid of {bits} bits, of numbers up to {float(rows.abs().max()):.0f}"
+        _require_ratio(data.error_ratio(rows.double(), read, due), what)
     ends = torch.where(torch.arange(size) % 3 == 0, top, -top).expand(4, -1)
     _require_within_a_step(case, case.rows(ends))
 
@@ -157,6 +152,11 @@ def require_finite(read: Tensor) -> None:
     """Raise CheckFailed unless every number is finite."""
     wrong = int((~read.isfinite()).sum())
     require(not wrong, f"{wrong} of {read.numel()} numbers came back as NaN or infinity")
+
+
+def _require_ratio(ratio: float, what: str) -> None:
+    limit = f"{_THEORY_LIMIT:.0f} times is allowed"
+    require(ratio <= _THEORY_LIMIT, f"the error is {ratio:.2f} times that of {what}; at most {limit}")
 
 
 def _require_within_a_step(case: Case, rows: Tensor) -> None:

@@ -55,16 +55,16 @@ def missing_library(subject: Subject) -> None:
     require(found["status"] == "missing", f"it is listed as {found['status']!r} where its libraries are absent")
     require(found["hint"], "no next step is named")
 
-    hidden = modules_of(own)
+    hidden, libraries = modules_of(own), ", ".join(sorted(own))
     task = _task(subject)
     with_all, without = probe("create", hidden=[], **task), probe("create", hidden=sorted(hidden), **task)
     require(
         without["stage"] != "quantize",
-        f"where {', '.join(sorted(hidden))} cannot be imported, making the quantizer succeeds and using it fails: "
+        f"where {libraries} cannot be imported, making the quantizer succeeds and using it fails: "
         f"{without['error']}. Import it in the factory",
     )
     same = without["stage"] == "create" or without["digest"] == with_all["digest"]
-    require(same, f"where {', '.join(sorted(hidden))} cannot be imported it silently gives other results")
+    require(same, f"where {libraries} cannot be imported it silently gives other results")
     require(without["stage"] == "done" or without["explained"], f"the error is not explained: {without['error']}")
 
 
