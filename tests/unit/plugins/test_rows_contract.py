@@ -176,6 +176,8 @@ def test_the_spec_is_what_the_entry_point_says(backend: str) -> None:
     assert all(requirement.minimum for requirement in spec.requires)
     cases = {nbits for name, nbits, _ in CASES if name == backend}
     assert cases == set(spec.capabilities.nbits), "this file tests every width that is declared"
+    options = {option for name, _, chosen in CASES if name == backend for option in chosen}
+    assert options == set(spec.capabilities.options), "and every option"
 
 
 def test_listing_imports_neither_torch_nor_a_library() -> None:
