@@ -43,6 +43,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         Raises:
             UnknownBackendError, UnknownOptionError, OptionValueError, UnsupportedError: see each; the message says what
                 would work.
+            BackendFactoryError: the backend refuses a value of one of its own options.
         """
         self._setup(CacheConfig.from_dict({"backend": backend, **options}), config)
 

@@ -101,6 +101,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
         UnknownBackendError: and the other errors of `get_backend`.
         BackendUnavailableError: the backend's library is not installed.
         UnsupportedError: the backend cannot do what is asked, as far as can be told before the first states.
+        BackendFactoryError: the backend refuses a value of one of its own options.
     """
     options = config.layer_options(layer)
     backend = get_backend(options["backend"])
@@ -117,7 +118,11 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
             group_size=options["group_size"] if group_size is None else group_size,
             options=options["options"],
         )
-        settings.scheme(dtype=config.compute_dtype)
+        scheme = settings.scheme(dtype=config.compute_dtype)
+        if scheme.options:
+            # Values of a backend's own options are the one thing that only its factory can judge: ask it now, and not
+            # when the first states come.
+            backend.create(scheme)
         streams.append(settings)
     return LayerSettings(streams[0], streams[1], options["residual_length"], options["sink_length"])
 

@@ -208,3 +208,38 @@ def test_opaque_blocks_are_kept_by_batch_row():
     pieces = list(encoder(OpaqueMinMax, formats=("opaque",)).encode(torch.randn(3, 2, 64, 32), 0))
     assert [piece.tokens for piece in pieces] == [32, 32]
     assert all(len(piece.rows) == 3 and isinstance(piece.rows[0], Opaque) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("table", "dtype"),
+    [
+        (torch.linspace(-1, 1, 256), torch.float16),
+        # Shaped like a float of three bits: beside a large entry the gap is large too, and what the scale loses small.
+        (torch.cat([-(2 ** torch.linspace(-15, 0, 121)), 2 ** torch.linspace(-15, 0, 121)]), torch.float16),
+        # Entries close together far from zero: what float16 costs is many gaps.
+        (torch.linspace(0.9999, 1, 256), torch.float32),
+    ],
+)
+def test_a_table_s_scales_are_judged_by_the_gap_beside_each_entry(table, dtype):
+    """Not by the smallest gap anywhere."""
+
+    class Table(MinMax):
+        def quantize(self, rows):
+            padded = torch.nn.functional.pad(table, (0, 256 - len(table)))
+            return QuantizedRows(torch.zeros_like(rows, dtype=torch.uint8), rows.abs().amax(1), table=padded)
+
+    made = encoder(Table, Scheme(8, "channel", 32), formats=("codebook",))
+    (piece,) = made.encode(torch.randn(1, 1, 32, 32), 0)
+    assert piece.scale.dtype == dtype
+
+
+@pytest.mark.parametrize("numbers", [torch.zeros(32, 32, dtype=torch.int32), torch.zeros(32, 31), [0.0]])
+def test_an_opaque_backend_must_read_what_it_wrote(numbers):
+    """As floating numbers of the right shape; one block of a call is read before the states are let go."""
+
+    class Misreading(OpaqueMinMax):
+        def dequantize(self, packed):
+            return numbers
+
+    with pytest.raises(BackendContractError, match="dequantize returned"):
+        list(encoder(Misreading, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))

@@ -5,7 +5,7 @@ import torch
 
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.settings import compute_dtype, layer_settings
-from kvquant.errors import UnsupportedError
+from kvquant.errors import BackendFactoryError, UnsupportedError
 from tests.support import MinMax
 
 
@@ -92,3 +92,18 @@ def test_groups_are_computed_in_float32_unless_states_are_finer(states, chosen):
     """And in what the user asks for, if the user asks."""
     assert compute_dtype(CacheConfig(), states) == chosen
     assert compute_dtype(CacheConfig(compute_dtype="bfloat16"), states) == torch.bfloat16
+
+
+def test_a_value_that_a_backend_refuses_is_refused_at_construction(backend):
+    """Only the backend's factory can judge the values of its options, so it is asked before the first states come."""
+
+    class Picky(MinMax):
+        def __init__(self, scheme):
+            super().__init__(scheme)
+            if scheme.options.get("tries", 1) not in range(10):
+                raise ValueError(f"tries={scheme.options['tries']!r} cannot work: expected a number from 0 to 9")
+
+    name = backend(Picky, options={"tries": "how often to try"})
+    settings_for(backend=name, options={"tries": 9})
+    with pytest.raises(BackendFactoryError, match="tries='many' cannot work: expected a number from 0 to 9"):
+        settings_for(backend=name, options={"tries": "many"})
