@@ -64,7 +64,7 @@ def names_for(name: str) -> Names:
 
 
 def _problem(name: str) -> str:
-    if name.startswith("kvquant"):
+    if f"{name}-".startswith("kvquant-"):
         return f"the prefix {PREFIX!r} is added to what you give"
     if not _NAME.fullmatch(name) or len(name) > LONGEST:
         return RULE

@@ -15,6 +15,7 @@ RULE = "a good name has at most 30 lower-case letters, digits and single hyphens
         ("foo", "kvquant-plugin-foo", "kvquant_plugin_foo", "FooQuantizer"),
         ("half-step", "kvquant-plugin-half-step", "kvquant_plugin_half_step", "HalfStepQuantizer"),
         ("q2", "kvquant-plugin-q2", "kvquant_plugin_q2", "Q2Quantizer"),
+        ("kvquantile", "kvquant-plugin-kvquantile", "kvquant_plugin_kvquantile", "KvquantileQuantizer"),
         ("x-3-y", "kvquant-plugin-x-3-y", "kvquant_plugin_x_3_y", "X3YQuantizer"),
     ],
 )
