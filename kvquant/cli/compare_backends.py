@@ -113,8 +113,8 @@ def _note(report: DistortionReport) -> str:
     options = report.options
     return (
         f"Keys and values [1, {options.heads}, {options.tokens}, {options.head_dim}], groups of {options.group_size}. "
-        "Bits per element count all that is held. Errors are relative. M/s are millions of numbers a second through the "
-        f"cache, medians of {options.rounds} rounds; in brackets the ratio to reference in the same round."
+        "Bits per element count all that is held. Errors are relative. M/s are millions of numbers a second through "
+        f"the cache, medians of {options.rounds} rounds; in brackets the ratio to reference in the same round."
     )
 
 
