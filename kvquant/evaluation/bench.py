@@ -18,7 +18,7 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,7 @@ import torch
 
 from kvquant.errors import KVQuantError, OptionValueError
 from kvquant.evaluation.contenders import Contender, one_line, parse_contenders
-from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine
+from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine, steady
 from kvquant.evaluation.subject import DTYPES, Round, Subject, SyntheticModel
 
 DEFAULT_CACHES = "dynamic,transformers:quanto:4,kvquant:reference:4,kvquant:reference:2"
@@ -182,7 +182,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
         ConfigError: an option cannot be honoured, whatever is installed.
         ModelLoadError: the model cannot be loaded.
     """
-    with _quiet(options.threads):
+    with steady(options.threads):
         return _bench(options, progress or (lambda _: None))
 
 
@@ -218,21 +218,6 @@ def _bench(options: BenchOptions, tell: Progress) -> BenchReport:
             results.append(_result(contender, context, problem, mine, base, peak))
             tell(context * options.memory)
     return BenchReport(machine, model, options, tuple(results))
-
-
-@contextlib.contextmanager
-def _quiet(threads: int | None) -> Iterator[None]:
-    """Give torch `threads` threads, and keep the garbage collector from running into a step; undo both at the end."""
-    before, collecting = torch.get_num_threads(), gc.isenabled()
-    torch.set_num_threads(threads or before)
-    gc.collect()
-    gc.disable()  # as timeit does; caches are in no cycles, so their memory is freed all the same
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        if collecting:
-            gc.enable()
 
 
 def _result(

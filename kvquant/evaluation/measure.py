@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -64,6 +65,25 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def steady(threads: int | None = None) -> Iterator[None]:
+    """Give torch `threads` threads, and keep the garbage collector from running into timed work; undo both at the end.
+
+    Args:
+        threads: torch's threads, None for those that it has.
+    """
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads or before)
+    gc.collect()
+    gc.disable()  # as timeit does; caches are in no cycles, so their memory is freed all the same
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------ memory in use
