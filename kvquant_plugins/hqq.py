@@ -6,9 +6,10 @@ a norm of the error that forgives outliers gets smaller. It writes ``(code - zer
 
 **Rows stand alone here; in hqq they do not.** hqq stops for all rows at once, when the mean error over everything in
 the call no longer falls, so its result for a row depends on its neighbours. Here every row has its own error and its
-own stop, and so becomes what hqq makes of it when it is the only row. For this the loop is ours and the step is hqq's
-(`shrink_lp_op`). It also spares a GPU hqq's two calls of `torch.cuda.empty_cache()`, and most of the work: rows that
-have stopped are left out of the next steps, and numbers are worked on in pieces that stay in a processor's cache.
+own stop, and so becomes what hqq makes of it when it is the only row; to the last digit, where a row fills whole
+vectors. For this the loop is ours and the step is hqq's (`shrink_lp_op`). It also spares a GPU hqq's two calls of
+`torch.cuda.empty_cache()`, and most of the work: rows that have stopped are left out of the next steps, and numbers
+are worked on in pieces that stay in a processor's cache.
 """
 
 from __future__ import annotations

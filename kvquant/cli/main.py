@@ -20,6 +20,11 @@ COMMANDS = {
     "info": ("kvquant.cli.info", "info", "Show everything about one backend."),
     "new-plugin": ("kvquant.cli.new_plugin", "new_plugin", "Write a new plugin project to start from."),
     "check-plugin": ("kvquant.cli.check_plugin", "check_plugin", "Check a backend against the plugin contract."),
+    "compare-backends": (
+        "kvquant.cli.compare_backends",
+        "compare_backends",
+        "Compare backends on the same states: bits, error, speed.",
+    ),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
 }

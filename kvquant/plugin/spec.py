@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvquant.plugin.capabilities import Capabilities
-from kvquant.plugin.hookspecs import API_VERSION
 
 Axis = Literal["channel", "token"]
 
@@ -56,7 +55,7 @@ class BackendSpec:
         install_hint: one line that tells a person what to do when a requirement is missing.
         summary: one line for listings.
         url: home page.
-        api_version: the `API_VERSION` that the plugin was written for.
+        api_version: the `API_VERSION` that the plugin was written for; one that does not say was written for the first.
     """
 
     name: str
@@ -66,4 +65,4 @@ class BackendSpec:
     install_hint: str = ""
     summary: str = ""
     url: str = ""
-    api_version: int = API_VERSION
+    api_version: int = 1

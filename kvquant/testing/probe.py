@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +38,7 @@ def probe(task: str, **arguments: Any) -> dict[str, Any]:
     Raises:
         CheckFailed: the process ended in another way, with the end of what it wrote.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(own_path())}
     try:
         done = subprocess.run(  # noqa: S603 # this very interpreter, this very module
             [sys.executable, "-m", "kvquant.testing.probe", json.dumps({"task": task, **arguments})],
@@ -55,6 +56,15 @@ def probe(task: str, **arguments: Any) -> dict[str, Any]:
         end = (done.stderr.strip() or done.stdout.strip())[-300:]
         raise CheckFailed(f"a fresh process ended with code {done.returncode}: {end}") from None
     return found
+
+
+def own_path() -> list[str]:
+    """Return where this process finds modules, without what a package has added from inside itself.
+
+    setuptools adds its copies of other distributions once it is imported; a fresh process must begin without them.
+    """
+    sites = {"site-packages", "dist-packages"}
+    return [entry for entry in sys.path if entry and not sites.intersection(Path(entry).parent.parts)]
 
 
 # ------------------------------------------------------------------------------------------------ in that process

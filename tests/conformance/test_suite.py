@@ -11,6 +11,7 @@ import pytest
 
 from kvquant.errors import OptionValueError
 from kvquant.testing.options import parse_options, parse_widths
+from kvquant.testing.probe import own_path
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 
@@ -112,3 +113,10 @@ def test_a_width_that_is_no_number_is_refused() -> None:
     """As above."""
     with pytest.raises(OptionValueError, match=r"^nbits='2,x' cannot work: expected whole numbers"):
         parse_widths("2,x")
+
+
+def test_a_fresh_process_begins_without_what_a_package_added_to_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools adds its copies of other distributions to the path once it is imported."""
+    site = str(Path(sys.prefix) / "lib" / "site-packages")
+    monkeypatch.setattr(sys, "path", ["", "/project/tests", site, f"{site}/setuptools/_vendor"])
+    assert own_path() == ["/project/tests", site]
