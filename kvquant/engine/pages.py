@@ -69,6 +69,7 @@ class CanonicalPage:
 
     Attributes:
         scheme: bits, axis and group size.
+        head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: float16 or float32, the grid of scales of `capacity` tokens.
         offset: like `scale`, or None (codebook).
@@ -78,7 +79,7 @@ class CanonicalPage:
 
     def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, device: torch.device) -> None:
         """Allocate a page of `capacity` tokens with the layout of `like`."""
-        self.scheme, self._block, self._head_dim = encoder.scheme, encoder.block, head_dim
+        self.scheme, self._block, self.head_dim = encoder.scheme, encoder.block, head_dim
         self.length = 0
         batch, heads = like.codes.shape[:2]
         scales = capacity // self._tokens_per_scale
@@ -142,7 +143,7 @@ class CanonicalPage:
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
-        codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self._head_dim)
+        codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
         missing = stop - start - codes.shape[2]
         return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
 
