@@ -37,9 +37,9 @@ def check_plugin(
 
     Exit code 1 if a check fails. Where several distributions have a backend of one name, NAME is "distribution:name".
     """
+    from kvquant.engine.typed import parse_options, parse_widths
     from kvquant.testing import check_backend
     from kvquant.testing.checks import CHECKS
-    from kvquant.testing.options import parse_options, parse_widths
 
     widths, chosen = parse_widths(nbits), parse_options(options)
     with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=as_json) as advance:
@@ -49,7 +49,7 @@ def check_plugin(
             )
         )
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        click.echo(json.dumps(report.as_dict(), indent=2, default=str))
     else:
         _show(report)
     if not report.ok:
@@ -74,7 +74,7 @@ def _show(report: Report) -> None:
     for outcome in report.outcomes:
         style = _STYLES[outcome.status]
         # A reason may hold a plugin's own words.
-        reason = f"\n[{style}]{escape(clean(outcome.reason))}[/]" if outcome.reason else ""
+        reason = f"\n[{style}]→ {escape(clean(outcome.reason))}[/]" if outcome.reason else ""
         table.add_row(outcome.check, f"[{style}]{outcome.status}[/]", escape(outcome.title) + reason)
     out.print(table)
     counts = {status: sum(outcome.status == status for outcome in report.outcomes) for status in _STYLES}

@@ -53,8 +53,8 @@ def compare_backends(
     Errors are relative, on unit normal states and on states of which one channel in sixteen is 10 to 20 times larger,
     as in the keys of language models. Ratios are to the reference backend with the same bits and axis.
     """
+    from kvquant.engine.typed import parse_widths
     from kvquant.evaluation.distortion import DistortionOptions, find_methods, measure_distortion
-    from kvquant.testing.options import parse_widths
 
     methods, left_out = quietly(
         lambda: find_methods(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.config import CacheConfig
+from kvquant.engine.typed import parse_value
 from kvquant.errors import OptionValueError, UnknownBackendError, UnsupportedError
 from kvquant.evaluation.measure import Spread, describe_machine, seconds
 from kvquant.plugin.capabilities import AXES
@@ -234,8 +235,6 @@ def _all_of(backend: Backend, group_size: int, options: Mapping[str, Any] | None
 
 
 def _parsed(text: str, group_size: int) -> list[Method]:
-    import yaml
-
     name, *rest = text.split(":")
     try:
         backend = find_backend(name)
@@ -250,7 +249,7 @@ def _parsed(text: str, group_size: int) -> list[Method]:
     for part in rest:
         option, equals, value = part.partition("=")
         if equals and option:
-            options[option] = yaml.safe_load(value)
+            options[option] = parse_value(value)
         elif part.isdecimal():
             widths.add(int(part))
         elif part in AXES:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from kvquant.errors import KVQuantError
 from kvquant.registry.guard import describe
 from kvquant.testing.outcomes import CheckFailed, NotApplicable, Outcome, Status
 from kvquant.testing.subject import Case, Subject
+from kvquant.testing.surroundings import same_chances
 
-#: How often a check runs: for every declared combination; for every width at a few group sizes; for every width and
-#: floating type; once.
-Per = Literal["combination", "width", "dtype", "backend"]
+#: How often a check runs; see `Subject.cases`. Once where it is the backend.
+Per = Literal["combination", "size", "width", "dtype", "usual", "backend"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,25 @@ class Check:
         """Run the check for all of its cases and return what came of it."""
         start = time.perf_counter()
         cases: Sequence[Case | None] = [None] if self.per == "backend" else subject.cases(self.per)
+        if not cases:
+            why = "every combination failed an earlier check" if subject.devices else "no declared device is here"
+            return Outcome(self.name, self.title, "not applicable", why, 0, 0.0)
         failures: list[tuple[Case | None, str]] = []
         beside: list[str] = []
         apply = 0
         for case in cases:
             try:
-                note = self.run(subject if case is None else case)
+                with same_chances():
+                    note = self.run(subject if case is None else case)
                 beside += [note] if note else []
                 apply += 1
             except NotApplicable as nothing:
                 beside.append(str(nothing))
             except CheckFailed as failure:
                 failures.append((case, str(failure)))
-            except Exception as error:  # noqa: BLE001 # a plugin may raise anything; that is a failure and not an end
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 # even SystemExit is a failure here, and not an end
                 # Of kvquant's own errors about a plugin, the part that is about it.
                 problem = getattr(error, "problem", None) if isinstance(error, KVQuantError) else None
                 failures.append((case, problem or f"raised {describe(error)}"))
@@ -74,8 +83,6 @@ def _verdict(
         shown = reason if case is None else f"{case}: {reason}"
         others = f" ({len(failures)} of {cases} cases fail)" if cases > 1 else ""
         return "failed", shown + others
-    if not cases:
-        return "not applicable", "every combination failed an earlier check"
     unique = "; ".join(dict.fromkeys(beside))
     return ("passed" if applies else "not applicable"), unique
 
@@ -96,9 +103,16 @@ def require(truth: object, reason: str) -> None:
         raise CheckFailed(reason)
 
 
-def require_same(differences: Iterable[str], what: str) -> None:
-    """Raise CheckFailed if there are differences, naming them after `what`."""
-    found = list(differences)
+def require_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckFailed unless two results (see `Result.parts`) are the same in every bit, saying by how much."""
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        mine, yours = one.get(name), other.get(name)
+        if mine is None or yours is None or mine.shape != yours.shape or mine.dtype != yours.dtype:
+            found.append(f"{name} (in kind)")
+        elif not torch.equal(mine.nan_to_num(), yours.nan_to_num()):
+            apart = (mine.double() - yours.double()).abs().nan_to_num()
+            found.append(f"{name} ({int((apart > 0).sum())} of {apart.numel()}, by up to {float(apart.max()):.3g})")
     require(not found, f"{what}: {', '.join(found)} differ")
 
 

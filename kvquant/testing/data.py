@@ -24,6 +24,12 @@ def spread(n_groups: int, group_size: int, seed: int = 0) -> Tensor:
     return gaussian(n_groups, group_size, seed) * magnitudes
 
 
+def shifted(n_groups: int, group_size: int) -> Tensor:
+    """Return rows like `spread` that lie to one side of zero, as channels of keys with a large mean do."""
+    rows = spread(n_groups, group_size, seed=3)
+    return rows + 4 * rows.square().mean(dim=1, keepdim=True).sqrt()
+
+
 def one_outlier(n_groups: int, group_size: int) -> Tensor:
     """Return normal rows with one number in each a hundred times larger, at a place of its own, of either sign."""
     rows = gaussian(n_groups, group_size)

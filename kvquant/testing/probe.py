@@ -1,18 +1,18 @@
-"""A fresh process that looks at one backend: ``python -m kvquant.testing.probe TASK``, with a task in JSON.
+"""A fresh process that looks at one backend: ``python -m kvquant.testing.probe ANSWER``, with a task in JSON as input.
 
-What it finds goes to standard output as the last line, in JSON. Importing this module imports no torch.
+What it finds goes to the file ANSWER, in JSON, so that all of its output is the plugin's. Importing this module imports
+no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -35,27 +35,34 @@ def probe(task: str, **arguments: Any) -> dict[str, Any]:
         task: the name of a function below.
         arguments: its arguments, plain builtins.
 
+    Returns:
+        What the function returned, and under ``printed`` what came on standard output.
+
     Raises:
         CheckFailed: the process ended in another way, with the end of what it wrote.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(own_path())}
-    try:
-        done = subprocess.run(  # noqa: S603 # this very interpreter, this very module
-            [sys.executable, "-m", "kvquant.testing.probe", json.dumps({"task": task, **arguments})],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise CheckFailed(f"a fresh process was not done after {_TIMEOUT} seconds") from None
-    try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        end = (done.stderr.strip() or done.stdout.strip())[-300:]
-        raise CheckFailed(f"a fresh process ended with code {done.returncode}: {end}") from None
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        try:
+            # -P: nothing of the current directory may stand in for a module.
+            done = subprocess.run(  # noqa: S603 # this very interpreter, this very module
+                [sys.executable, "-P", "-m", "kvquant.testing.probe", str(answer)],
+                input=json.dumps({"task": task, **arguments}),
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                env=environment,
+                timeout=_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CheckFailed(f"a fresh process was not done after {_TIMEOUT} seconds") from None
+        if not answer.exists():
+            end = (done.stderr.strip() or done.stdout.strip())[-300:]
+            raise CheckFailed(f"a fresh process ended with code {done.returncode}: {end}")
+        found: dict[str, Any] = json.loads(answer.read_text())
+    return {**found, "printed": done.stdout}
 
 
 def own_path() -> list[str]:
@@ -71,13 +78,11 @@ def own_path() -> list[str]:
 
 
 def listing(name: str) -> dict[str, Any]:
-    """Look the backend up as ``kvquant list-backends`` does; return what that imported and printed."""
+    """Look the backend up as ``kvquant list-backends`` does; return what that imported."""
     before = set(sys.modules)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = registry.find_backend(name).availability.status
+    status = registry.find_backend(name).availability.status
     imported = {module.partition(".")[0] for module in set(sys.modules) - before}
-    return {"imported": sorted(imported), "printed": printed.getvalue(), "status": status}
+    return {"imported": sorted(imported), "status": status}
 
 
 def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: str, device: str) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: s
 
     Returns:
         ``stage``: ``"done"``, or where it failed, ``"create"`` or ``"quantize"``; ``error``: in words; ``explained``:
-        whether it is an error of kvquant's own; ``printed``: what was printed; ``digest``: of the result.
+        whether it is an error of kvquant's own; ``digest``: of the result.
     """
     import torch
 
@@ -95,23 +100,21 @@ def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: s
     sys.meta_path[:] = [_Hider(list(sys.meta_path), frozenset(hidden))]
     for module in [module for module in sys.modules if module.partition(".")[0] in hidden]:
         del sys.modules[module]
-    found: dict[str, Any] = {"stage": "create", "error": "", "explained": False, "printed": "", "digest": ""}
-    printed = io.StringIO()
+    found: dict[str, Any] = {"stage": "create", "error": "", "explained": False, "digest": ""}
     rows = torch.randn(8, scheme["group_size"], generator=torch.Generator().manual_seed(0))
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            quantizer = registry.get_backend(name).create(Scheme(**scheme))
-            found["stage"] = "quantize"
-            result = quantizer.quantize(rows.to(device, getattr(torch, dtype)))
+        quantizer = registry.get_backend(name).create(Scheme(**scheme))
+        found["stage"] = "quantize"
+        result = quantizer.quantize(rows.to(device, getattr(torch, dtype)))
         found["stage"] = "done"
-    except Exception as error:  # noqa: BLE001 # whatever it is, it is what was to be found out
+    except BaseException as error:  # noqa: BLE001 # whatever it is, it is what was to be found out
         problem = getattr(error, "problem", describe(error))
         return found | {"error": problem, "explained": isinstance(error, BackendUnavailableError)}
     tensors = dict(result.tensors) if isinstance(result, Opaque) else {"codes": result.codes, "scale": result.scale}
     digest = hashlib.sha256()
     for part in sorted(tensors):
         digest.update(part.encode() + bytes(tensors[part].cpu().contiguous().view(torch.uint8).flatten().tolist()))
-    return found | {"digest": digest.hexdigest(), "printed": printed.getvalue()}
+    return found | {"digest": digest.hexdigest()}
 
 
 def missing(name: str, distributions: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +168,8 @@ class _Hider:
 
 
 if __name__ == "__main__":
-    _arguments = json.loads(sys.argv[1])
+    _arguments = json.loads(sys.stdin.read())
     _tasks: dict[str, Callable[..., dict[str, Any]]] = {"listing": listing, "create": create, "missing": missing}
-    print(json.dumps(_tasks[_arguments.pop("task")](**_arguments)))  # this is what it is for
+    Path(sys.argv[1]).write_text(json.dumps(_tasks[_arguments.pop("task")](**_arguments)))
+    sys.stdout.flush()
+    os._exit(0)  # whatever a plugin left running

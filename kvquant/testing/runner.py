@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvquant import registry
-from kvquant.errors import BackendSpecError, OptionValueError, UnknownOptionError, UnsupportedError, listing
+from kvquant.errors import (
+    BackendSpecError,
+    IncompatibleBackendError,
+    OptionValueError,
+    UnknownOptionError,
+    UnsupportedError,
+    listing,
+)
+from kvquant.plugin.hookspecs import API_VERSION
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry import Backend
-from kvquant.registry.availability import Availability
+from kvquant.registry.availability import Availability, missing_requirements
 from kvquant.registry.backend import IN_PROCESS
+from kvquant.registry.loader import is_foreign
 from kvquant.registry.validation import spec_problems
 from kvquant.testing.checks import CHECKS
 from kvquant.testing.outcomes import Outcome, Report
@@ -45,7 +54,7 @@ def check_backend(
         UnknownOptionError: there is no check of a name in `checks`.
     """
     known = [check.name for check in CHECKS]
-    wanted = known if checks is None else list(checks)
+    wanted = known if checks is None else [checks] if isinstance(checks, str) else list(checks)
     for name in wanted:
         if name not in known:
             raise UnknownOptionError("check", name, known)
@@ -87,8 +96,13 @@ def _found(backend: str | Backend | BackendSpec) -> Backend:
     if isinstance(backend, Backend):
         return backend
     if isinstance(backend, BackendSpec):
+        if is_foreign(backend):
+            raise IncompatibleBackendError(backend.name, IN_PROCESS, "", backend.api_version, API_VERSION)
         problems = spec_problems(backend)
         if problems:
             raise BackendSpecError(f"backend {backend.name!r}", problems)
+        missing = missing_requirements(backend, IN_PROCESS)
+        if missing:
+            raise missing()
         return Backend(backend.name, IN_PROCESS, "", Availability("ok"), backend)
     return registry.get_backend(backend)

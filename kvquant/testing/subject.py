@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor
 from kvquant import registry
 from kvquant.engine.border import Border
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
-from kvquant.plugin.spec import Axis, BackendSpec, Scheme
+from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend
 from kvquant.registry.backend import IN_PROCESS
 
-#: Group sizes tried where a backend takes any: small and odd, the usual ones, and heads of 80 and 112 channels.
-_ANY_SIZE = (7, 32, 40, 64, 112, 128, 256)
+#: Group sizes tried where a backend takes any: small and odd, the usual ones, and what fits heads of 80, 96 and 112.
+_ANY_SIZE = (7, 32, 40, 48, 56, 64, 80, 96, 112, 128, 256)
 
-#: Group sizes tried at most of those that a backend lists.
-_MOST_SIZES = 8
+#: Group sizes tried of those that a backend lists: as many around the usual one, the smallest and the largest.
+_MOST_SIZES = len(_ANY_SIZE)
 
 _USUAL_SIZE = 64
 
@@ -120,24 +121,23 @@ class Result:
         """
         if isinstance(self.raw, Opaque):
             return {"dequantised numbers": self.read().clone()}
-        named = {"codes": self.raw.codes, "scale": self.raw.scale, "offset": self.raw.offset}
+        return {name: part for name, part in self.copied().items() if name != "table"}
+
+    def copied(self) -> dict[str, Tensor]:
+        """Return copies of all tensors of the result, as the backend returned them."""
+        if isinstance(self.raw, Opaque):
+            return {name: tensor.clone() for name, tensor in self.raw.tensors.items()}
+        named = {name: getattr(self.raw, name) for name in ("codes", "scale", "offset", "table")}
         return {name: part.clone() for name, part in named.items() if part is not None}
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return all that must be the same where results are: `parts`, and the table."""
+        table = self.table()
+        return self.parts() if table is None else {**self.parts(), "table": table.clone()}
 
     def table(self) -> Tensor | None:
         """Return the table of the codebook format."""
         return self.raw.table if isinstance(self.raw, QuantizedRows) else None
-
-
-def differences(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the names of parts (see `Result.parts`) that are not the same in every bit."""
-    for name in one.keys() | other.keys():
-        if name not in one or name not in other or not _same_bits(one[name], other[name]):
-            yield name
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    both_nan = one.isnan() & other.isnan() if one.is_floating_point() and other.is_floating_point() else False
-    return one.shape == other.shape and one.dtype == other.dtype and bool(((one == other) | both_nan).all())
 
 
 @dataclass
@@ -169,34 +169,26 @@ class Subject:
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes to try, the most usual first."""
-        sizes = sorted(self.backend.capabilities.group_sizes or _ANY_SIZE)
-        if len(sizes) > _MOST_SIZES:
-            last = len(sizes) - 1
-            sizes = [sizes[round(index * last / (_MOST_SIZES - 1))] for index in range(_MOST_SIZES)]
-        return tuple(sorted(sizes, key=lambda size: abs(size - _USUAL_SIZE)))
+        sizes = sorted(self.backend.capabilities.group_sizes or _ANY_SIZE, key=lambda size: abs(size - _USUAL_SIZE))
+        return tuple(dict.fromkeys([*sizes[:_MOST_SIZES], min(sizes), max(sizes)]))
 
     def cases(self, per: str) -> list[Case]:
         """Return the combinations to try.
 
         Args:
-            per: ``"combination"``: all bits, axes and group sizes, and all types at the usual size; ``"width"``: all
-                bits at the usual and at the smallest size; ``"dtype"``: all bits and types at the usual size.
+            per: all bits and axes, with ``"combination"``: all group sizes and types; ``"size"``: all group sizes;
+                ``"width"``: the usual and the smallest group size; ``"dtype"``: all types at the usual group size;
+                ``"usual"``: the usual group size.
         """
-        axes = self.backend.capabilities.axes
-        usual, smallest = self.group_sizes[0], min(self.group_sizes)
-        main = self.dtypes[0]
-        grid = {
-            "combination": [
-                *((nbits, axis, size, main) for nbits in self.nbits for axis in axes for size in self.group_sizes),
-                *((nbits, axes[0], usual, dtype) for nbits in self.nbits for dtype in self.dtypes),
-            ],
-            "width": [
-                (nbits, axes[index % len(axes)], size, main)
-                for nbits in self.nbits
-                for index, size in enumerate((usual, smallest))
-            ],
-            "dtype": [(nbits, axes[0], usual, dtype) for nbits in self.nbits for dtype in self.dtypes],
+        axes, usual, main = self.backend.capabilities.axes, self.group_sizes[0], self.dtypes[0]
+        sizes, types = {
+            "combination": (self.group_sizes, self.dtypes),
+            "size": (self.group_sizes, (main,)),
+            "width": ((usual, min(self.group_sizes)), (main,)),
+            "dtype": ((usual,), self.dtypes),
+            "usual": ((usual,), (main,)),
         }[per]
+        grid = product(self.nbits, axes, sizes, types)
         cases = [
             Case(self.backend, Scheme(nbits, cast("Axis", axis), size, self.options), dtype, device)
             for device in self.devices
@@ -212,11 +204,12 @@ class Subject:
 @contextmanager
 def known_name(backend: Backend) -> Iterator[str]:
     """Yield the name by which a cache finds the backend, registering one that is but a declaration for that time."""
-    if backend.distribution != IN_PROCESS or not isinstance(backend.spec, BackendSpec):
+    if backend.distribution != IN_PROCESS or backend.spec is None:
         yield backend.qualified_name
         return
-    known = [other.name for other in registry.list_backends() if other.distribution == IN_PROCESS]
-    if backend.name in known:
+    known = {other.name: other.spec for other in registry.list_backends() if other.distribution == IN_PROCESS}
+    before = known.get(backend.name)
+    if before is backend.spec:
         yield backend.qualified_name
         return
     registry.register(backend.spec, replace=True)
@@ -224,6 +217,8 @@ def known_name(backend: Backend) -> Iterator[str]:
         yield backend.qualified_name
     finally:
         registry.unregister(backend.name)
+        if before is not None:
+            registry.register(before, replace=True)
 
 
 def has_device(device: str) -> bool:

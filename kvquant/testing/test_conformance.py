@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvquant.testing.options import parse_options, parse_widths
+from kvquant.engine.typed import parse_options, parse_widths
+from kvquant.errors import KVQuantError
 from kvquant.testing.pytest_support import BoundCheck, bound_checks
+from kvquant.testing.runner import make_subject
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -14,9 +16,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backend = given("--kvquant-backend")
     if not backend:
         raise pytest.UsageError("which backend? Add --kvquant-backend NAME; 'kvquant list-backends' shows them.")
-    checks = bound_checks(
-        backend, nbits=parse_widths(given("--kvquant-nbits")), options=parse_options(given("--kvquant-option"))
-    )
+    try:
+        widths, options = parse_widths(given("--kvquant-nbits")), parse_options(given("--kvquant-option"))
+        make_subject(backend, nbits=widths, options=options)  # so that a wrong name is one error, and not one a check
+    except KVQuantError as error:
+        raise pytest.UsageError(str(error)) from None
+    checks = bound_checks(backend, nbits=widths, options=options)
     metafunc.parametrize("check", checks, ids=str)
 
 

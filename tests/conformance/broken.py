@@ -415,6 +415,183 @@ class Learned(MinMax):
         return QuantizedRows(result.codes, result.scale * self.gain, result.offset)
 
 
+class Scratch(MinMax):
+    """Keeps a work area for each shape, which two threads then fill at once."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.areas: dict[torch.Size, Tensor] = {}
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        area = self.areas.setdefault(rows.shape, torch.empty(rows.shape))
+        area.copy_(rows)
+        return super().quantize(area.clone())
+
+
+class SharedTable(UniformCodebook):
+    """All quantizers write their tables into one buffer, and return views of it."""
+
+    buffer = torch.zeros(256)
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        assert result.table is not None
+        self.buffer[: len(result.table)] = result.table
+        return QuantizedRows(result.codes, result.scale, table=self.buffer[: len(result.table)])
+
+
+class ScaleOfAPiece(MinMax):
+    """Works in pieces of 4096 rows, and takes the first scale of a later piece for all of it."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        numbers, scale, low = self.grid(rows)
+        for start in range(4096, len(rows), 4096):
+            scale[start : start + 4096] = scale[start]
+        return QuantizedRows(self.codes(numbers, scale, low), scale, low)
+
+
+class TokenInPlace(MinMax):
+    """Changes its rows on one axis only."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.axis = scheme.axis
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        if self.axis == "token":
+            rows.mul_(0)
+        return result
+
+
+class FillsZeros(MinMax):
+    """Puts a small number in place of zeros, in the rows themselves."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        rows[rows == 0] = 1e-8
+        return super().quantize(rows)
+
+
+class WrongAtFortyEight(MinMax):
+    """Returns nonsense for groups of 48."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        return QuantizedRows(result.codes * 0, result.scale, result.offset) if rows.shape[1] == 48 else result
+
+
+class AboveZeroOnly(MinMax):
+    """Takes the smallest number to be negative."""
+
+    def grid(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers, scale, low = super().grid(rows)
+        return numbers, scale, -low.abs()
+
+
+class Seeds(MinMax):
+    """Seeds everybody's random numbers, to be reproducible."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        torch.manual_seed(0)
+
+
+class SeedsByChance(Dithered):
+    """Rounds by chance, and the chances of the whole process are the same every time."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        torch.manual_seed(0)
+        return super().quantize(rows)
+
+
+class GradientsOff(MinMax):
+    """Switches gradients off, for everybody and for good."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        torch.set_grad_enabled(False)
+        return super().quantize(rows)
+
+
+class DitheredBuffer(Dithered):
+    """Rounds by chance, and returns the same tensor every time."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.buffers: dict[torch.Size, Tensor] = {}
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        buffer = self.buffers.setdefault(rows.shape, result.codes)
+        return QuantizedRows(buffer.copy_(result.codes), result.scale, result.offset)
+
+
+class DitheredRunningRange(Dithered):
+    """Rounds by chance, with the largest scale of all calls so far."""
+
+    largest = 0.0
+
+    def grid(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers, scale, low = super().grid(rows)
+        self.largest = max(self.largest, float(scale.max()))
+        return numbers, scale.clamp(min=self.largest), low
+
+
+class KeepsRows(MinMax):
+    """Remembers what it was handed."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        self.rows = rows
+        return super().quantize(rows)
+
+
+class RowNumber(MinMax):
+    """Adds a little to every other row."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        result = super().quantize(rows)
+        assert result.offset is not None
+        odd = torch.arange(len(rows)) % 2
+        return QuantizedRows(result.codes, result.scale, result.offset + odd * result.scale * 0.1)
+
+
+class OwnKey(OpaqueMinMax):
+    """Hides its codes by a key that only this object has."""
+
+    keys = 0
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        type(self).keys += 1
+        self.key = self.keys % 16
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        return Opaque({**packed.tensors, "codes": packed.tensors["codes"] ^ self.key}, packed.meta)
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        return super().dequantize(Opaque({**packed.tensors, "codes": packed.tensors["codes"] ^ self.key}, packed.meta))
+
+
+class NumbersInMeta(OpaqueMinMax):
+    """Keeps its codes where nobody counts bytes."""
+
+    def quantize(self, rows: Tensor) -> Opaque:  # type: ignore[override]
+        packed = super().quantize(rows)
+        rest = {name: tensor for name, tensor in packed.tensors.items() if name != "codes"}
+        return Opaque(rest, {"codes": packed.tensors["codes"].tolist()})
+
+    def dequantize(self, packed: Opaque) -> Tensor:
+        codes = torch.tensor(packed.meta["codes"], dtype=torch.uint8)
+        return super().dequantize(Opaque({**packed.tensors, "codes": codes}))
+
+
+class Leaves(MinMax):
+    """Ends the program."""
+
+    def quantize(self, rows: Tensor) -> QuantizedRows:
+        raise SystemExit(0)
+
+
 @dataclass(frozen=True)
 class Bug:
     """One broken backend.
@@ -442,20 +619,25 @@ class Bug:
     def spec(self) -> BackendSpec:
         """The declaration of the backend."""
         name = "broken-" + getattr(self.factory, "__name__", "backend").lower()
-        declared = {"nbits": (2, 3, 4, 8), **self.capabilities}
+        declared = {"nbits": (4,), **self.capabilities}
         return BackendSpec(name, self.factory, self.declaration(**declared))
 
 
 OPAQUE: dict[str, Any] = {"formats": ("opaque",), "nbits": (4,), "group_sizes": (32, 64, 128)}
 THREE_OPAQUE: dict[str, Any] = {"formats": ("opaque",), "nbits": (3,), "group_sizes": (256,)}
 CODEBOOK: dict[str, Any] = {"formats": ("codebook",)}
+WIDTHS: dict[str, Any] = {"nbits": (2, 3, 4, 8)}
+CHANCE: dict[str, Any] = {"deterministic": False}
 SEARCH: dict[str, Any] = {"options": {"search": "how to look"}}
 
 #: Checks that compare results bit by bit: no wonder if several of them see one bug.
-ROWS_TOGETHER = ("groups", "heads", "split", "cache")
-CALLS = ("deterministic", "split", "stateless", "unshared", "modes", "threads", "cache")
+ROWS_TOGETHER = ("groups", "heads", "split", "many-rows", "cache")
+CALLS = ("deterministic", "split", "many-rows", "stateless", "unshared", "modes", "threads", "cache")
+BUFFER = ("threads", "unshared", "cache", "modes")
 EVERY = (*CALLS, "groups", "heads", "input")
 HARD_ROWS = ("constant", "zeros", "tiny", "huge", "half-precision")
+
+LOUD = ("error-bound", "nearest-level", "threads", *HARD_ROWS)
 
 BUGS = (
     Bug(HQQAxisZero, "groups", "and of other groups", (*ROWS_TOGETHER, *HARD_ROWS, "error-bound"), OPAQUE),
@@ -475,13 +657,13 @@ BUGS = (
     Bug(OffByOne, "nearest-level", "times that of the nearest levels", ("error-bound", "half-precision", "outliers")),
     Bug(OneLevelTooMany, "code-range", "out of range"),
     Bug(CutsOff, "nearest-level", "times that of the nearest levels"),
-    Bug(ThreeBitsTakeFour, "code-range", "code 15 is out of range for nbits=3"),
+    Bug(ThreeBitsTakeFour, "code-range", "code 15 is out of range for nbits=3", (), WIDTHS),
     Bug(ThreeBitsInNibbles, "bits", "bits a number are stored", (), THREE_OPAQUE),
     Bug(WastesCodes, "error-bound", "times that of an even grid", ("half-precision",)),
     Bug(RunningRange, "stateless", "after a call with other rows", CALLS),
     Bug(ReusedBuffer, "stateless", "wrote into what an earlier one returned", ("modes", "threads", "cache")),
-    Bug(SharedLevels, "unshared", "after another quantizer was used"),
-    Bug(NotThreadSafe, "threads", "instead of"),
+    Bug(SharedLevels, "unshared", "after another quantizer was used", (), WIDTHS),
+    Bug(NotThreadSafe, "threads", "with several threads at once", ("stateless",)),
     Bug(HalfOverflow, "half-precision", "NaN or infinity"),
     Bug(SmallestStep, "tiny", "numbers around 1e-06"),
     Bug(RootMeanSquare, "huge", "NaN or infinity", (), CODEBOOK),
@@ -489,19 +671,36 @@ BUGS = (
     Bug(NoZero, "zeros", "zeros came back as", ("tiny", "constant"), CODEBOOK),
     Bug(ColumnScale, "shapes", "scale has shape [1, 1] instead of [1]"),
     Bug(WideCodes, "shapes", "codes has dtype torch.int32 instead of torch.uint8"),
-    Bug(Dithered, "deterministic", "the same rows again", (*EVERY, "nearest-level")),
-    Bug(TableFromRows, "split", "differ", ("groups", "heads", "cache", "threads"), CODEBOOK),
-    Bug(NoEightBits, "creates", "nbits=8 is not supported"),
+    Bug(Dithered, "deterministic", "the same rows again", (*EVERY, "surroundings")),
+    Bug(TableFromRows, "split", "the table differs", ("groups", "heads", "cache", "threads", "many-rows"), CODEBOOK),
+    Bug(NoEightBits, "creates", "nbits=8 is not supported", (), WIDTHS),
     Bug(NoBrainFloat, "shapes", "BFloat16"),
     Bug(OnlyEvenSizes, "shapes", "group_size=7"),
     Bug(MinMax, "refusals", "why_not has nothing against nbits=1", (), {}, Lenient),
-    Bug(IgnoresOption, "options", "is taken without a word", (), SEARCH),
+    Bug(IgnoresOption, "options", "are taken without a word", (), SEARCH),
     Bug(MisnamesOption, "options", "does not name the option", (), SEARCH),
     Bug(MinMax, "devices", "none of the declared devices is here", (), {"devices": ("xpu",)}),
     Bug(ReadsFromItself, "opaque-reading", "raised AttributeError", (*CALLS, *ROWS_TOGETHER), OPAQUE),
-    Bug(MetaWithTypes, "opaque-reading", "not JSON serializable", (), OPAQUE),
+    Bug(MetaWithTypes, "opaque-reading", "not JSON serializable", ("bits",), OPAQUE),
     Bug(KeepsTheCall, "bits", "is a view that keeps", (), OPAQUE),
-    Bug(DitheredReading, "opaque-reading", "reading twice gives different numbers", EVERY, OPAQUE),
+    Bug(DitheredReading, "opaque-reading", "reading twice gives different numbers", (*EVERY, "surroundings"), OPAQUE),
     Bug(DitheredReading, "cache", "changed the states", ("opaque-reading",), {**OPAQUE, "deterministic": False}),
     Bug(Learned, "modes", "asks for gradients"),
+    Bug(Scratch, "threads", "with several threads at once", ("modes",)),
+    Bug(SharedTable, "unshared", "after another was used: table", ("input",), {**CODEBOOK, **WIDTHS}),
+    Bug(ScaleOfAPiece, "many-rows", "differ", ("threads",)),
+    Bug(TokenInPlace, "input", "axis=token"),
+    Bug(FillsZeros, "input", "quantize changed its input"),
+    Bug(WrongAtFortyEight, "error-bound", "group_size=48", ("nearest-level",)),
+    Bug(AboveZeroOnly, "error-bound", "times that of an even grid", HARD_ROWS),
+    Bug(Seeds, "surroundings", "it draws from, or seeds, the random numbers of the whole process"),
+    Bug(SeedsByChance, "surroundings", "use a torch.Generator of its own", ("nearest-level",), CHANCE),
+    Bug(GradientsOff, "surroundings", "it changes torch's gradient mode"),
+    Bug(DitheredBuffer, "stateless", "wrote into what an earlier one returned", BUFFER, CHANCE),
+    Bug(DitheredRunningRange, "stateless", "after a call with other rows", LOUD, CHANCE),
+    Bug(KeepsRows, "stateless", "keeps the rows of its last call in memory"),
+    Bug(RowNumber, "split", "differ", ("many-rows", "cache", "constant")),
+    Bug(OwnKey, "opaque-reading", "another quantizer of the same scheme reads different numbers", (), OPAQUE),
+    Bug(NumbersInMeta, "bits", "bits a number are stored", (), OPAQUE),
+    Bug(Leaves, "shapes", "raised SystemExit"),
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvquant.engine.typed import parse_options, parse_widths
 from kvquant.errors import OptionValueError
-from kvquant.testing.options import parse_options, parse_widths
 from kvquant.testing.probe import own_path
 
 PLUGINS = Path(__file__).parents[1] / "plugins"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +16,17 @@ from kvquant.plugin.capabilities import AXES
 from kvquant.plugin.quantizer import Opaque
 from kvquant.plugin.spec import Scheme
 from kvquant.testing import data
-from kvquant.testing.check import check, needs_determinism, require, require_same
+from kvquant.testing.check import check, require, require_same
 from kvquant.testing.outcomes import NotApplicable
-from kvquant.testing.subject import Case, Subject, differences, has_device, known_name
+from kvquant.testing.subject import Case, Subject, has_device, known_name
+from kvquant.testing.surroundings import surroundings_now
 
-#: No value of any sensible option.
-_NONSENSE = "no-such-value-of-this-option"
+#: No values of any sensible option.
+_NONSENSE = ("no-such-value-of-this-option", [["no such value"]])
+
+#: What a backend may be asked about; all but the declared ones must be refused.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "abacus")
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
 
 #: Scales and offsets in full, and what a group takes besides, in bits; and spare bits a number.
 _BITS_PER_GROUP, _SPARE_BITS = 128, 0.5
@@ -41,7 +48,7 @@ def shapes(case: Case) -> None:
         require(read is None or read.device == rows.device, f"dequantize returned numbers not on {case.device}")
 
 
-@check("code-range", "combination", basic=True)
+@check("code-range", "size", basic=True)
 def code_range(case: Case) -> None:
     """Codes are below 2**nbits, on ordinary rows and on hard ones."""
     if case.border.is_opaque:
@@ -65,22 +72,27 @@ def bits(case: Case) -> None:
         raise NotApplicable("the core packs the codes of this format")
     size, nbits = case.scheme.group_size, case.scheme.nbits
     n_groups = max(64, 4096 // size)
-    rows = case.rows(data.spread(n_groups, size))
-    raw = case.quantize(rows).raw
-    tensors = raw.tensors if isinstance(raw, Opaque) else {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        require(
-            storage.data_ptr() != rows.untyped_storage().data_ptr(),
-            f"tensors[{name!r}] is a view of the rows, and so keeps all of them in memory",
-        )
-        require(
-            storage.nbytes() <= tensor.nbytes,
-            f"tensors[{name!r}] is a view that keeps {storage.nbytes()} bytes in memory for {tensor.nbytes}",
-        )
-    stored = 8 * sum(tensor.nbytes for tensor in tensors.values()) / (n_groups * size)
+    stored = []
+    for count in (n_groups, 2 * n_groups):
+        rows, quantizer = case.rows(data.spread(count, size)), case.quantizer()
+        raw = case.result(quantizer.quantize(rows), rows, quantizer).raw
+        if not isinstance(raw, Opaque):
+            return
+        for name, tensor in raw.tensors.items():
+            storage = tensor.untyped_storage()
+            require(
+                storage.data_ptr() != rows.untyped_storage().data_ptr(),
+                f"tensors[{name!r}] is a view of the rows, and so keeps all of them in memory",
+            )
+            require(
+                storage.nbytes() <= tensor.nbytes,
+                f"tensors[{name!r}] is a view that keeps {storage.nbytes()} bytes in memory for {tensor.nbytes}",
+            )
+        stored.append(8 * (sum(tensor.nbytes for tensor in raw.tensors.values()) + len(json.dumps(dict(raw.meta)))))
+    # What more numbers take more, so that tables and a short meta are not counted.
+    each = (stored[1] - stored[0]) / (n_groups * size)
     allowed = nbits + _BITS_PER_GROUP / size + _SPARE_BITS
-    require(stored <= allowed, f"{stored:.2f} bits a number are stored; {nbits} with scales take at most {allowed:.2f}")
+    require(each <= allowed, f"{each:.2f} bits a number are stored; {nbits} with scales take at most {allowed:.2f}")
 
 
 @check("opaque-reading", "width")
@@ -100,6 +112,8 @@ def opaque_reading(case: Case) -> None:
     )
     other = case.quantizer().dequantize(copied)  # type: ignore[attr-defined]  # opaque quantizers have it
     require(torch.equal(read, other), "another quantizer of the same scheme reads different numbers from a copy")
+    elsewhere = [name for name, tensor in packed.tensors.items() if tensor.device != rows.device]
+    require(not elsewhere, f"{', '.join(elsewhere)} is not on {case.device}, where the rows are")
 
 
 @check("devices", "backend")
@@ -127,19 +141,27 @@ def refusals(subject: Subject) -> None:
         *([("group_size", beyond)] if can.group_sizes else []),
         ("options", {**subject.options, "no-such-option": 1}),
     ]
-    for option, value in wrong:
-        asked: dict[str, Any] = {**usual, option: value}
-        require(can.why_not(Scheme(**asked)), f"Capabilities.why_not has nothing against {option}={value!r}")
-        axis = asked.pop("axis")
-        with known_name(subject.backend) as name:
+    with known_name(subject.backend) as name:
+        _make_cache(name, usual)  # so that what follows is refused for its own sake
+        for option, value in wrong:
+            asked = {**usual, option: value}
+            reasons = can.why_not(Scheme(**asked))
+            require(any(map(str.strip, reasons)), f"Capabilities.why_not has nothing against {option}={value!r}")
             try:
-                QuantizedCache(backend=name, axis_key=axis, axis_value=axis, **asked)
+                _make_cache(name, asked)
             except ConfigError:
                 continue
-        require(False, f"a cache with {option}={value!r} can be made, which is not declared")  # noqa: FBT003 # it can
-    for option in ("device", "dtype"):
-        reasons = can.why_not(Scheme(**usual), **{option: "abacus"})
-        require(reasons, f"Capabilities.why_not has nothing against {option}='abacus'")
+            require(False, f"a cache with {option}={value!r} can be made, which is not declared")  # noqa: FBT003 # it can
+    for option, known, declared in (("device", _DEVICES, can.devices), ("dtype", _DTYPES, can.dtypes)):
+        for value in known:
+            reasons = can.why_not(Scheme(**usual), **{option: value})
+            verb = "has nothing against" if value not in declared else "has something against the declared"
+            require(bool(reasons) == (value not in declared), f"Capabilities.why_not {verb} {option}={value!r}")
+
+
+def _make_cache(name: str, asked: Mapping[str, Any]) -> QuantizedCache:
+    rest = {option: value for option, value in asked.items() if option != "axis"}
+    return QuantizedCache(backend=name, axis_key=asked["axis"], axis_value=asked["axis"], **rest)
 
 
 @check("options", "backend")
@@ -150,28 +172,57 @@ def options(subject: Subject) -> None:
         raise NotApplicable("the backend has no options")
     for case in subject.cases("width"):
         for option in declared:
-            scheme = case.scheme
-            nonsense = Scheme(scheme.nbits, scheme.axis, scheme.group_size, {**scheme.options, option: _NONSENSE})
-            try:
-                subject.backend.create(nonsense)
-            except KVQuantError as error:
-                said = getattr(error, "problem", str(error))
-                require(option in said, f"the error for {option}={_NONSENSE!r} does not name the option: {said}")
-                continue
-            require(False, f"{option}={_NONSENSE!r} is taken without a word, {case}")  # noqa: FBT003 # always fails
+            refused = [_refuses(case, option, value) for value in _NONSENSE]
+            values = " and ".join(f"{option}={value!r}" for value in _NONSENSE)
+            require(any(refused), f"{values} are taken without a word, {case}")
+
+
+def _refuses(case: Case, option: str, value: object) -> bool:
+    """Return whether a quantizer with a nonsense value is refused, with a message that names the option."""
+    scheme = case.scheme
+    nonsense = Scheme(scheme.nbits, scheme.axis, scheme.group_size, {**scheme.options, option: value})
+    try:
+        case.backend.create(nonsense)
+    except KVQuantError as error:
+        said = getattr(error, "problem", str(error))
+        is_file = isinstance(error.__cause__, OSError)  # which names the file
+        require(is_file or option in said, f"the error for {option}={value!r} does not name the option: {said}")
+        return True
+    return False
+
+
+@check("surroundings", "width")
+def surroundings(case: Case) -> None:
+    """It leaves torch, Python's warnings and everybody's random numbers as they were."""
+    rows = case.rows(data.spread(16, case.scheme.group_size))
+    deterministic = case.backend.capabilities.deterministic
+    ends = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        before, chances = surroundings_now(), (torch.get_rng_state(), random.getstate())
+        case.quantize(rows).read()
+        changed = [name for name, value in surroundings_now().items() if value != before[name]]
+        require(not changed, f"it changes {', '.join(changed)}")
+        same = torch.equal(chances[0], torch.get_rng_state()) and chances[1] == random.getstate()
+        require(same or not deterministic, "it draws from, or seeds, the random numbers of the whole process")
+        ends.append(torch.get_rng_state())
+    reset = not deterministic and torch.equal(*ends)
+    require(not reset, "it seeds the random numbers of the whole process: use a torch.Generator of its own")
 
 
 @check("unshared", "width")
 def unshared(case: Case) -> None:
     """Quantizers share nothing: making and using another one, of another scheme, changes no result."""
-    needs_determinism(case)
     rows = case.rows(data.spread(16, case.scheme.group_size))
     quantizer = case.quantizer()
-    before = case.quantize(rows, quantizer).parts()
-    can = case.backend.capabilities
+    first = case.quantize(rows, quantizer)
+    before = first.copied()
     case.quantizer().quantize(case.rows(data.gaussian(8, case.scheme.group_size, seed=6) * 30))
-    for nbits in can.nbits:
+    for nbits in case.backend.capabilities.nbits:
         other = Scheme(nbits, case.scheme.axis, case.scheme.group_size)
-        with contextlib.suppress(KVQuantError):  # a width that does not work is another check's concern
+        with contextlib.suppress(Exception):  # a width that does not work is another check's concern
             case.backend.create(other).quantize(case.rows(data.gaussian(8, case.scheme.group_size, seed=5)))
-    require_same(differences(before, case.quantize(rows, quantizer).parts()), "after another quantizer was used")
+    require_same(before, first.copied(), "what one quantizer had returned, after another was used")
+    if case.backend.capabilities.deterministic:
+        require_same(before, case.quantize(rows, quantizer).copied(), "after another quantizer was used")

@@ -31,16 +31,17 @@ def listing(subject: Subject) -> None:
 
 @check("requirements", "backend")
 def requirements(subject: Subject) -> None:
-    """It works where nothing is installed but what it declares."""
+    """It works, the same and without printing, where nothing is installed but what it declares."""
     spec = _installed_spec(subject)
     declared = dependencies(["kvquant", subject.backend.distribution, *_required(spec)])
-    found = probe("create", hidden=sorted(modules_beside(declared)), **_task(subject))
-    require(
-        found["stage"] == "done",
-        f"{found['error']}. Declare what it imports in BackendSpec.requires, or as a dependency of "
-        f"{subject.backend.distribution}",
-    )
+    task = _task(subject)
+    found = probe("create", hidden=sorted(modules_beside(declared)), **task)
+    advice = f"Declare what it imports in BackendSpec.requires, or as a dependency of {subject.backend.distribution}"
+    require(found["stage"] == "done", f"{found['error']}. {advice}")
     require(not found["printed"], f"prints {found['printed'].strip()[:200]!r} when it is used")
+    if subject.backend.capabilities.deterministic:
+        usual = probe("create", hidden=[], **task)
+        require(found["digest"] == usual["digest"], f"it gives other results then. {advice}")
 
 
 @check("missing-library", "backend")
@@ -53,9 +54,11 @@ def missing_library(subject: Subject) -> None:
         raise NotApplicable("it requires no distribution that kvquant does not bring")
     found = probe("missing", name=subject.backend.qualified_name, distributions=sorted(own))
     require(found["status"] == "missing", f"it is listed as {found['status']!r} where its libraries are absent")
-    require(found["hint"], "no next step is named")
+    require(found["hint"].strip(), "no next step is named: install_hint is blank")
 
     hidden, libraries = modules_of(own), ", ".join(sorted(own))
+    if not hidden:
+        raise NotApplicable(f"it is listed as missing; which modules {libraries} brings alone is not known")
     task = _task(subject)
     with_all, without = probe("create", hidden=[], **task), probe("create", hidden=sorted(hidden), **task)
     require(
@@ -80,7 +83,10 @@ def _required(spec: BackendSpec) -> set[str]:
 
 
 def _task(subject: Subject) -> dict[str, Any]:
-    case = subject.cases("width")[0]
+    cases = subject.cases("width")
+    if not cases:
+        raise NotApplicable("no declared device is here")
+    case = cases[0]
     scheme = case.scheme
     return {
         "name": subject.backend.qualified_name,

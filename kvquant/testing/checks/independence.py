@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from kvquant.engine.encode import CHUNK_ELEMENTS
 from kvquant.engine.grouping import states_to_rows
 from kvquant.testing import data
 from kvquant.testing.check import check, needs_determinism, require, require_same
-from kvquant.testing.subject import Case, Result, differences
+from kvquant.testing.subject import Case, Result
 
-_THREADS, _ROUNDS = 4, 6
+_THREADS = 4
+
+#: Rounds of each thread at least and at most, and seconds after which no new one begins.
+_ROUNDS, _MOST_ROUNDS, _SECONDS = 4, 200, 0.15
 
 #: Numbers that a backend which works in pieces, or on several threads, is sure to divide.
 _MANY = 300_000
@@ -24,20 +31,13 @@ _MANY = 300_000
 
 @check("deterministic", "width")
 def deterministic(case: Case) -> None:
-    """The same rows give the same result: again, from another quantizer, on any number of threads."""
+    """The same rows give the same result: again, and from another quantizer."""
     needs_determinism(case)
     rows = case.rows(data.spread(_MANY // case.scheme.group_size, case.scheme.group_size))
     quantizer = case.quantizer()
-    first = case.quantize(rows, quantizer).parts()
-    require_same(differences(first, case.quantize(rows, quantizer).parts()), "the same rows again")
-    require_same(differences(first, case.quantize(rows).parts()), "the same rows with another quantizer")
-    threads = torch.get_num_threads()
-    try:
-        for count in {1, 3} - {threads}:
-            torch.set_num_threads(count)
-            require_same(differences(first, case.quantize(rows).parts()), f"the same rows on {count} threads")
-    finally:
-        torch.set_num_threads(threads)
+    first = case.quantize(rows, quantizer).whole()
+    require_same(first, case.quantize(rows, quantizer).whole(), "the same rows again")
+    require_same(first, case.quantize(rows).whole(), "the same rows with another quantizer")
 
 
 @check("groups", "width")
@@ -90,86 +90,121 @@ def split(case: Case) -> None:
     """However rows are split into calls, and in whatever order they come, each becomes the same."""
     needs_determinism(case)
     values = data.spread(301, case.scheme.group_size)
+    _same_in_parts(case, values, ([1, 2, 3, 7, 31, 64, 193], [300, 1], [150, 151]))
+
+
+@check("many-rows", "usual")
+def many_rows(case: Case) -> None:
+    """As many rows as the core hands over at once, and one more, become what they become in parts."""
+    needs_determinism(case)
+    size = case.scheme.group_size
+    many = CHUNK_ELEMENTS // size + 1
+    _same_in_parts(case, data.spread(many, size), ([many - 1, 1], [many // 3, many // 2, many - many // 3 - many // 2]))
+
+
+def _same_in_parts(case: Case, values: Tensor, splits: Iterable[list[int]]) -> None:
     rows = case.rows(values)
-    whole = case.quantize(rows).parts()
-    for sizes in ([1, 2, 3, 7, 31, 64, 193], [300, 1], [150, 151]):
+    whole = case.quantize(rows).whole()
+    for sizes in splits:
         quantizer = case.quantizer()
         results = [case.quantize(part.contiguous(), quantizer) for part in rows.split(sizes)]
-        joined = {name: torch.cat([result.parts()[name] for result in results]) for name in whole}
-        require_same(differences(whole, joined), f"rows in calls of {', '.join(map(str, sizes))}")
-        _require_one_table(results)
+        parts = [result.whole() for result in results]
+        for part in parts:
+            same = "table" not in part or torch.equal(part["table"], parts[0]["table"])
+            require(same, "the table differs between calls")
+        joined = {
+            name: part if name == "table" else torch.cat([other[name] for other in parts])
+            for name, part in parts[0].items()
+        }
+        require_same(whole, joined, f"rows in calls of {', '.join(map(str, sizes))}")
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(2))
     mixed = case.quantize(case.rows(values[order])).parts()
-    _same_rows(whole, mixed, order, torch.arange(len(values)), "rows in another order, and of the same rows")
+    picked = {name: part[order.to(part.device)] for name, part in whole.items() if name != "table"}
+    require_same(picked, mixed, "rows in another order, and of the same rows")
 
 
 @check("stateless", "width")
 def stateless(case: Case) -> None:
     """A quantizer keeps nothing from one call to the next, and never touches what it returned."""
-    needs_determinism(case)
     size = case.scheme.group_size
     rows, others = case.rows(data.spread(16, size)), case.rows(data.gaussian(16, size, seed=7) * 30)
-    fresh = case.quantize(rows).parts()
     used = case.quantizer()
     case.quantize(others, used)
     later = case.quantize(rows, used)
-    require_same(differences(fresh, later.parts()), "after a call with other rows")
+    if case.backend.capabilities.deterministic:
+        require_same(case.quantize(rows).whole(), later.whole(), "after a call with other rows")
+    else:
+        _require_good(case, rows, later, "after a call with other rows")
+    before = later.copied()
     case.quantize(others, used)
-    require_same(differences(fresh, later.parts()), "after a later call, which wrote into what an earlier one returned")
+    require_same(before, later.copied(), "after a later call, which wrote into what an earlier one returned")
+    handed = rows.clone()
+    gone, result = weakref.ref(handed), used.quantize(handed)
+    del handed, result
+    if gone() is not None:
+        gc.collect()
+    require(gone() is None, "the quantizer keeps the rows of its last call in memory")
 
 
 @check("input", "dtype")
 def untouched_input(case: Case) -> None:
-    """The rows that are handed over are not modified."""
-    for values in (data.spread(33, case.scheme.group_size), data.one_outlier(8, case.scheme.group_size)):
+    """The rows that are handed over are not modified, and the result shares no memory with them."""
+    size = case.scheme.group_size
+    constants = data.constants().expand(-1, size)
+    for values in (data.spread(33, size), data.one_outlier(8, size), constants, torch.zeros(4, size)):
         rows = case.rows(values)
         kept, quantizer = rows.clone(), case.quantizer()
         result = case.result(quantizer.quantize(rows), rows, quantizer)
         require(torch.equal(rows, kept), "quantize changed its input")
-        if not case.backend.capabilities.deterministic:
-            continue
-        before = result.parts()
-        rows.zero_()
-        require_same(differences(before, result.parts()), "after a change to the input, whose memory the result shares")
+        before = result.copied()
+        rows.fill_(7)
+        require_same(before, result.copied(), "after a change to the input, whose memory the result shares")
 
 
 @check("modes", "width")
 def modes(case: Case) -> None:
     """Gradients on, off and inference mode make no difference, and no result asks for gradients."""
-    needs_determinism(case)
     rows = case.rows(data.spread(16, case.scheme.group_size))
     quantizer = case.quantizer()
     with torch.inference_mode():
-        inferred = case.quantize(rows, quantizer).parts()
+        inferred = case.quantize(rows, quantizer).whole()
     with torch.no_grad():
-        require_same(differences(inferred, case.quantize(rows, quantizer).parts()), "in inference mode")
+        plain = case.quantize(rows, quantizer).whole()
     with torch.enable_grad():
-        result = case.quantize(rows, quantizer).parts()
-    require_same(differences(inferred, result), "with gradients on")
-    asking = [name for name, part in result.items() if part.requires_grad]
+        result = case.quantize(rows, quantizer)
+        asking = [name for name, part in result.copied().items() if part.requires_grad]
     require(not asking, f"{', '.join(asking)} asks for gradients")
+    if case.backend.capabilities.deterministic:
+        require_same(inferred, plain, "in inference mode")
+        require_same(inferred, result.whole(), "with gradients on")
 
 
-@check("threads", "width")
+@check("threads", "usual")
 def threads(case: Case) -> None:
     """Several threads can use one quantizer at once."""
-    needs_determinism(case)
     size = case.scheme.group_size
-    rows = [case.rows(data.spread(40 + index, size, seed=index)) for index in range(_THREADS)]
-    expected = [case.quantize(part).parts() for part in rows]
-    shared = case.quantizer()
-    barrier = threading.Barrier(_THREADS)
+    # The same number of rows for all, because work areas are kept by shape; few, and so many that calls overlap.
+    for n_groups in (40, 2000):
+        rows = [case.rows(data.spread(n_groups, size, seed=index)) for index in range(_THREADS)]
+        expected = [case.quantize(part).whole() for part in rows]
+        shared = case.quantizer()
+        barrier = threading.Barrier(_THREADS)
+        end = time.monotonic() + _SECONDS
 
-    def work(index: int) -> list[str]:
-        barrier.wait(timeout=60)
-        found: list[str] = []
-        for _ in range(_ROUNDS):
-            found += differences(expected[index], case.quantize(rows[index], shared).parts())
-        return found
+        def work(index: int, rows=rows, expected=expected, shared=shared, barrier=barrier, end=end) -> None:  # type: ignore[no-untyped-def]
+            barrier.wait(timeout=60)
+            for round_ in range(_MOST_ROUNDS):
+                if round_ >= _ROUNDS and time.monotonic() > end:
+                    return
+                result = case.quantize(rows[index], shared)
+                if case.backend.capabilities.deterministic:
+                    require_same(expected[index], result.whole(), "with several threads at once")
+                else:
+                    _require_good(case, rows[index], result, "with several threads at once")
 
-    with _switching_often(), ThreadPoolExecutor(_THREADS) as pool:
-        found = [name for names in pool.map(work, range(_THREADS)) for name in names]
-    require_same(dict.fromkeys(found), "with several threads at once")
+        with _switching_often(), ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(work, range(_THREADS)):
+                pass  # raises what a thread raised
 
 
 @contextmanager
@@ -183,11 +218,14 @@ def _switching_often() -> Iterator[None]:
         sys.setswitchinterval(interval)
 
 
+def _require_good(case: Case, rows: Tensor, result: Result, when: str) -> None:
+    """Raise CheckFailed where the rows of a backend that rounds by chance came back as others."""
+    numbers = rows.double()
+    due = data.even_grid_error(numbers, -(-case.scheme.nbits // 2))
+    ratio = data.error_ratio(numbers, result.read(), due)
+    require(ratio <= 2, f"{when}: the error is {ratio:.2f} times that of an even grid of half the bits")
+
+
 def _same_rows(one: dict[str, Tensor], other: dict[str, Tensor], mine: Tensor, yours: Tensor, what: str) -> None:
     picked = {name: part[mine.to(part.device)] for name, part in one.items()}
-    require_same(differences(picked, {name: part[yours.to(part.device)] for name, part in other.items()}), what)
-
-
-def _require_one_table(results: list[Result]) -> None:
-    tables = [table for result in results if (table := result.table()) is not None]
-    require(all(torch.equal(tables[0], table) for table in tables), "the table differs between calls")
+    require_same(picked, {name: part[yours.to(part.device)] for name, part in other.items()}, what)

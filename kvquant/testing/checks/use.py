@@ -35,6 +35,7 @@ def _use(case: Case, name: str) -> None:
             axis_value=axis,
             group_size=size,
             residual_length=0,
+            compute_dtype=str(case.dtype).removeprefix("torch."),
             options=dict(case.scheme.options),
         )
         for key_part, value_part in zip(keys.split(sizes, dim=2), values.split(sizes, dim=2), strict=True):

@@ -1,7 +1,9 @@
-"""Options as people type them."""
+"""Options as people type them on a command line."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,23 +11,28 @@ from kvquant.errors import OptionValueError
 
 
 def parse_options(items: Iterable[str]) -> dict[str, Any]:
-    """Return ``{"optimize": False}`` for ``["optimize=false"]``; values are read as YAML, so numbers become numbers.
+    """Return ``{"optimize": False, "tries": 3}`` for ``["optimize=false", "tries=3"]``.
+
+    A value is a number, ``true``, ``false`` or ``null`` (in any case), or anything else in JSON; else it is a text.
 
     Raises:
         OptionValueError: an item has no name or no ``=``.
     """
-    import yaml
-
     options: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not (name.strip() and equals):
             raise OptionValueError("option", item, "NAME=VALUE, for example optimize=false")
-        try:
-            options[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            options[name.strip()] = value
+        options[name.strip()] = parse_value(value)
     return options
+
+
+def parse_value(text: str) -> Any:
+    """Return what a text stands for, as `parse_options` reads it."""
+    for candidate in (text, text.strip().lower()):
+        with contextlib.suppress(ValueError):
+            return json.loads(candidate)
+    return text
 
 
 def parse_widths(text: str | None) -> tuple[int, ...] | None:
