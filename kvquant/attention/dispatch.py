@@ -64,6 +64,8 @@ def kernel_for(keys: Store, values: Store, query_tokens: int = 1) -> tuple[str, 
         return TORCH, "the environment asks for it"
     if not len(keys.body):
         return TORCH, "nothing is quantised"
+    if (keys.sink_tokens, len(keys.body)) != (values.sink_tokens, len(values.body)):
+        return TORCH, "keys and values are quantised in different places"
     if query_tokens > MOST_QUERY_TOKENS:
         return TORCH, f"more than {MOST_QUERY_TOKENS} query tokens at once"
     reasons = []

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-_FEATURES = binding.get_host_cpu_features()
+#: Whether numba compiles for registers of 512 bits.
+_WIDE = "+avx512f" in (config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
 #: Numbers in a vector, and tokens whose products are summed side by side: as many as the registers hold.
-LANES, UNROLL = (16, 4) if _FEATURES.get("avx512f") else (8, 2)
+LANES, UNROLL = (16, 4) if _WIDE else (8, 2)
 #: Sums of `mix_rows` that are kept in registers at once.
 _SUMS = 16 if LANES == 16 else 8
 

@@ -19,16 +19,23 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvquant.attention import dispatch, tiles
 from kvquant.attention.counters import counters
-from kvquant.attention.kernels import VARIABLE
+from kvquant.attention.kernels import VARIABLE, asked_for, describe
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.packing import WIDTHS, pack, unpack
+from kvquant.errors import MissingExtraError, OptionValueError
 
 numba_kernels = pytest.importorskip("kvquant.attention.numba_kernels", reason="numba is not installed")
 
-pytestmark = pytest.mark.usefixtures("formats")
+pytestmark = pytest.mark.usefixtures("formats", "kernels")
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels are chosen as they are for users."""
+    monkeypatch.setenv(VARIABLE, "auto")
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,10 @@ def test_it_is_not_used_for_what_it_cannot_do(monkeypatch):
     assert dispatch.kernel_for(*opaque.stores) == ("torch", "numba: the backend's format is opaque")
     wide, _ = filled(KINDS[0], 300, dtype=torch.float64, backend="reference")
     assert dispatch.kernel_for(*wide.stores)[1] == "numba: it computes in float32, and torch.float64 was asked for"
+    other, _ = filled(KINDS[0], 300, residual_length=100)
+    assert (
+        dispatch.kernel_for(usual.stores[0], other.stores[1])[1] == "keys and values are quantised in different places"
+    )
     short, _ = filled(KINDS[0], 8)
     assert dispatch.kernel_for(*short.stores) == ("torch", "nothing is quantised")
     monkeypatch.setenv(VARIABLE, "torch")
@@ -245,10 +256,9 @@ def test_a_kernel_that_fails_warns_once_and_torch_goes_on(monkeypatch):
 
     monkeypatch.setattr(numba_kernels, "attend_body", broken)
     monkeypatch.setattr(dispatch, "_failed", {})
-    with pytest.warns(RuntimeWarning, match="kernel 'numba' failed .* ArithmeticError: no such instruction") as caught:
+    with pytest.warns(RuntimeWarning, match="kernel 'numba' failed .* ArithmeticError: no such instruction"):
         fused = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-        again = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-    assert len(caught) == 1
+    again = scaled_dot_product_attention(query, keys, values, enable_gqa=True)  # a second warning would be an error
     torch.testing.assert_close(fused.double(), reference(layer, query), rtol=3e-5, atol=3e-5)
     assert torch.equal(fused, again)
     assert "failed before" in dispatch.kernel_for(*layer.stores)[1]
@@ -260,3 +270,47 @@ def test_every_case_is_another_kernel():
     for stream, (what, values) in product((0, 1), {"bits": WIDTHS, "axes": ("channel", "token")}.items()):
         assert {getattr(kind, what)[stream] for kind in KINDS} == set(values)
     assert {kind.formats for kind in KINDS} == {"affine", "codebook"}
+
+
+@pytest.mark.parametrize("value", ["cuda", "numbq"])
+def test_a_kernel_that_does_not_exist_is_refused(value, monkeypatch):
+    """Naming the variable, the value and what would work."""
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(
+        OptionValueError, match=f"^KVQUANT_ATTENTION='{value}' cannot work: expected one of auto, numba"
+    ):
+        asked_for()
+
+
+def test_what_attends_is_reported(monkeypatch):
+    """In words, with what would make it faster where its library is not installed."""
+    assert describe() == "numba"
+    monkeypatch.setattr("kvquant.attention.kernels.find_spec", lambda name: None)
+    assert describe() == "torch; faster with numba: pip install 'kvquant[fused]'"
+    monkeypatch.setenv(VARIABLE, "numba")
+    with pytest.raises(MissingExtraError, match="pip install 'kvquant\\[fused\\]'"):
+        asked_for()
+
+
+def test_generation_decodes_with_the_kernel():
+    """Every step of a model's generate, with no option given; the tokens are those of plain torch."""
+    from transformers import AutoModelForCausalLM
+
+    from kvquant import QuantizedCache
+    from kvquant.demo import MODEL_DIR
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    ids = torch.randint(100, 1000, (1, 300), generator=torch.Generator().manual_seed(0))
+    caches = (
+        QuantizedCache("test-affine", nbits=4, residual_length=32),
+        QuantizedCache("test-affine", nbits=4, residual_length=32),
+    )
+    counters.reset()
+    with_kernel = model.generate(ids, past_key_values=caches[0], max_new_tokens=20, do_sample=False)
+    assert counters.kernels["numba"] == counters.fused == 19 * model.config.num_hidden_layers
+    assert caches[0].memory_report().attention == "numba"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "torch")
+        plain = model.generate(ids, past_key_values=caches[1], max_new_tokens=20, do_sample=False)
+        assert caches[1].memory_report().attention == "torch (the environment asks for it)"
+    assert torch.equal(with_kernel, plain)
