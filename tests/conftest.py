@@ -22,6 +22,9 @@ settings.load_profile("default")
 # The tensors here are tiny: threads would cost more than they bring, and on a busy machine far more.
 torch.set_num_threads(1)
 
+# A kernel is compiled for each kind of stream, which takes seconds; tests of kernels ask for them.
+os.environ.setdefault("KVQUANT_ATTENTION", "torch")
+
 # Tests never reach for a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,14 +13,17 @@ class Counters:
     Attributes:
         materialised: how often a whole stream of a layer was dequantised into one tensor.
         fused: how often attention read the packed stores directly.
+        kernels: how often it did so with which kernel, ``"torch"`` among them.
     """
 
     materialised: int = 0
     fused: int = 0
+    kernels: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Start again from zero."""
         self.materialised = self.fused = 0
+        self.kernels.clear()
 
 
 #: The counters of this process.

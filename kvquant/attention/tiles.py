@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvquant.attention.parts import Kernel, Running
 from kvquant.engine.store import Store
 
 #: Numbers that a tile's keys and values, or its scores, may have: 4 MiB in float32.
@@ -19,7 +20,14 @@ _FEWEST_TOKENS = 32
 
 
 def attend(
-    query: Tensor, keys: Store, values: Store, mask: Tensor | None, *, is_causal: bool, scale: float | None
+    query: Tensor,
+    keys: Store,
+    values: Store,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Return ``softmax(query @ keys^T * scale + mask) @ values`` without ever holding keys or values whole.
 
@@ -31,6 +39,7 @@ def attend(
         is_causal: query token ``i`` sees tokens 0 to ``i``, as `torch.nn.functional.scaled_dot_product_attention`
             means it.
         scale: factor on the scores; None takes ``head_dim ** -0.5``.
+        kernel: what attends over the body, in place of tiles; sink and window are always done here.
 
     Returns:
         ``[batch, query_heads, query_tokens, value_head_dim]`` in the dtype of `query`. A query that may see nothing
@@ -41,12 +50,18 @@ def attend(
         last = min(first + QUERY_TOKENS, query.shape[2])
         rows = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
         seen = torch.arange(first, last, device=query.device)[:, None] if is_causal else None
-        out[:, :, first:last] = _attend(query[:, :, first:last], keys, values, rows, seen, scale)
+        out[:, :, first:last] = _attend(query[:, :, first:last], keys, values, rows, seen, scale, kernel)
     return out
 
 
 def _attend(
-    query: Tensor, keys: Store, values: Store, mask: Tensor | None, seen: Tensor | None, scale: float | None
+    query: Tensor,
+    keys: Store,
+    values: Store,
+    mask: Tensor | None,
+    seen: Tensor | None,
+    scale: float | None,
+    kernel: Kernel | None,
 ) -> Tensor:
     """Attend for a few query tokens; `seen` ``[query_tokens, 1]`` is the last token that each may see, if causal."""
     batch, query_heads, query_tokens, head_dim = query.shape
@@ -56,27 +71,23 @@ def _attend(
     # Scores and sums in float32 at least: in float16 a large score would overflow.
     exact = torch.promote_types(keys.compute_dtype, torch.float32)
     folded = (query.to(exact) * scale).reshape(batch, keys.kv_heads, groups * query_tokens, head_dim)
+    masked = None if mask is None else _grouped_mask(mask, shape)
 
-    highest = torch.full((*shape, 1), -torch.inf, dtype=exact, device=query.device)
-    total = torch.zeros_like(highest)
-    mixed = torch.zeros((*shape, values.head_dim), dtype=exact, device=query.device)
+    body = range(keys.sink_tokens, keys.sink_tokens + len(keys.body))
+    running = Running(shape, values.head_dim, exact, query.device)
+    if kernel is not None and body:
+        part = None if masked is None else _tokens_of(masked, body.start, body.stop)
+        running.merge(kernel(folded, keys.body, values.body, part, None if seen is None else seen - body.start))
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * query_tokens)):
+        if kernel is not None and start in body:
+            continue
         scores = (folded @ keys.tile(start, stop).to(exact).transpose(-1, -2)).reshape(*shape, stop - start)
-        if mask is not None:
-            scores = _masked(scores, mask, start, stop)
+        if masked is not None:
+            scores = apply_mask(scores, _tokens_of(masked, start, stop))
         if seen is not None:
             scores = scores.masked_fill(torch.arange(start, stop, device=query.device) > seen, -torch.inf)
-        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        # While nothing may be seen the maximum is -inf, and -inf - -inf would be NaN.
-        reference = raised.masked_fill(raised == -torch.inf, 0.0)
-        weights = (scores - reference).exp_()
-        kept = (highest - reference).exp_()
-        part = weights.flatten(2, 3) @ values.tile(start, stop).to(exact)
-        total = total * kept + weights.sum(-1, keepdim=True)
-        mixed = mixed * kept + part.reshape(mixed.shape)
-        highest = raised
-    out = mixed / total.masked_fill(total == 0, 1.0)
-    return out.reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)
+        running.add(scores, values.tile(start, stop).to(exact))
+    return running.result().reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)
 
 
 def tile_tokens(keys: Store, values: Store, queries: int) -> int:
@@ -91,11 +102,19 @@ def tile_tokens(keys: Store, values: Store, queries: int) -> int:
     return max(_FEWEST_TOKENS, fitting // _FEWEST_TOKENS * _FEWEST_TOKENS)
 
 
-def _masked(scores: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
-    """Apply tokens `start` to `stop` of `mask` to scores ``[batch, kv_heads, groups, queries, stop - start]``."""
-    part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
-    part = part[(None,) * (4 - part.dim())]
-    part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, scores.shape[1:3])
-    if part.dtype == torch.bool:
-        return scores.masked_fill(~part, -torch.inf)
-    return scores + part.to(scores.dtype)
+def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a mask as ``[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens or 1]``."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, shape[1:3])
+
+
+def _tokens_of(mask: Tensor, start: int, stop: int) -> Tensor:
+    """Return the part of a mask that is about tokens `start` to `stop`."""
+    return mask if mask.shape[-1] == 1 else mask[..., start:stop]
+
+
+def apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Apply a mask to scores ``[batch, kv_heads, groups, queries, tokens]``, to which it is broadcast."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask.to(scores.dtype)

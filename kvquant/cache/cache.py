@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kvquant.attention.dispatch import kernel_for
 from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
@@ -164,7 +165,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def memory_report(self) -> MemoryReport:
         """Return the cache's memory by layer and part."""
-        return MemoryReport(tuple(_memory(index, layer) for index, layer in enumerate(self.layers)))
+        memories = tuple(_memory(index, layer) for index, layer in enumerate(self.layers))
+        return MemoryReport(memories, _attention(self.layers))
 
     def __repr__(self) -> str:
         options = ", ".join(
@@ -182,6 +184,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             f"QuantizedCache({options}; {len(self.layers)} layers, {tokens} tokens, {quantized} quantised{bits}, "
             f"{format_bytes(report.nbytes)})"
         )
+
+
+def _attention(layers: list[Any]) -> str:
+    """Return what attends over the quantised tokens of these layers when the next token is decoded."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        if isinstance(layer, QuantizedLayer) and layer.is_initialized and len(layer.stores[0].body):
+            name, reason = kernel_for(*layer.stores)
+            found[f"{name} ({reason})" if reason else name] = None
+    return ", ".join(found)
 
 
 def _memory(index: int, layer: Any) -> LayerMemory:

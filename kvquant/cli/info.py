@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import click
 
 from kvquant import registry
+from kvquant.attention.kernels import describe
 from kvquant.cli.describe import clean, facts, quietly, status_word
 from kvquant.errors import origin
 from kvquant.plugin.spec import BackendSpec, Requirement
@@ -55,9 +56,16 @@ def _spec_rows(spec: BackendSpec) -> list[tuple[str, str]]:
         ("devices", _items(can.devices)),
         ("dtypes", _items(can.dtypes)),
         ("formats", _items(can.formats)),
+        ("attention", _attention(can.formats)),
         ("deterministic", "yes" if can.deterministic else "no"),
         ("options", _items((f"{option}: {explanation}" for option, explanation in can.options.items()))),
     ]
+
+
+def _attention(formats: tuple[str, ...]) -> str:
+    if "opaque" in formats:
+        return "torch, each block read by the backend"
+    return f"{describe()} on the CPU; torch elsewhere"
 
 
 def _items(values: Iterable[object], none: str = "none") -> str:

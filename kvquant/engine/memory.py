@@ -73,9 +73,15 @@ def layer_memory(
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Memory of a cache, by layer and part. Print it, or take `to_dict()`."""
+    """Memory of a cache, by layer and part. Print it, or take `to_dict()`.
+
+    Attributes:
+        layers: one for each layer.
+        attention: what attends over the quantised tokens, in words; empty while there are none.
+    """
 
     layers: tuple[LayerMemory, ...]
+    attention: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +105,7 @@ class MemoryReport:
             "nbytes": self.nbytes,
             "bits_per_element": self.bits_per_element,
             "parts": self.parts,
+            "attention": self.attention or None,
             "layers": [
                 {
                     "layer": layer.layer,
@@ -130,7 +137,8 @@ class MemoryReport:
         console = Console(width=200, color_system=None, force_terminal=False)
         with console.capture() as text:
             console.print(table)
-        return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
+        lines = [line.rstrip() for line in text.get().strip("\n").splitlines()]
+        return "\n".join([*lines, f"attention: {self.attention}"] if self.attention else lines)
 
 
 def format_bytes(count: int) -> str:

@@ -68,6 +68,8 @@ class CanonicalPage:
     """A page in a canonical format, affine or codebook: packed codes and a grid of scales.
 
     Attributes:
+        scheme: bits, axis and group size.
+        head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: float16 or float32, the grid of scales of `capacity` tokens.
         offset: like `scale`, or None (codebook).
@@ -77,7 +79,7 @@ class CanonicalPage:
 
     def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, device: torch.device) -> None:
         """Allocate a page of `capacity` tokens with the layout of `like`."""
-        self._scheme, self._block, self._head_dim = encoder.scheme, encoder.block, head_dim
+        self.scheme, self._block, self.head_dim = encoder.scheme, encoder.block, head_dim
         self.length = 0
         batch, heads = like.codes.shape[:2]
         scales = capacity // self._tokens_per_scale
@@ -88,7 +90,7 @@ class CanonicalPage:
 
     @property
     def _tokens_per_scale(self) -> int:
-        return self._scheme.group_size if self._scheme.axis == "channel" else 1
+        return self.scheme.group_size if self.scheme.axis == "channel" else 1
 
     @property
     def capacity(self) -> int:
@@ -128,7 +130,7 @@ class CanonicalPage:
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
-        axis, group_size, per = self._scheme.axis, self._scheme.group_size, self._tokens_per_scale
+        axis, group_size, per = self.scheme.axis, self.scheme.group_size, self._tokens_per_scale
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
         scale = grouped_grid(self.scale[:, :, first:last].to(dtype), axis)
@@ -141,7 +143,7 @@ class CanonicalPage:
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
-        codes = unpack(self.codes[:, :, start:stop], self._scheme.nbits, self._head_dim)
+        codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
         missing = stop - start - codes.shape[2]
         return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
 

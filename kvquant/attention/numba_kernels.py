@@ -1,0 +1,279 @@
+"""Attention over packed pages on the CPU, compiled by numba: codes become numbers in registers only.
+
+For each key/value head a block of tokens is scored, weighed and mixed while it is in the cache, and all query heads
+that share the head use the codes that were unpacked for the first. Blocks are merged by online softmax (see `parts`).
+
+A kernel is compiled for each kind of stream and number of rows, once; numba keeps it on disk. It works on addresses,
+so that starting one costs little. Threads are as many as torch's, in a pool of our own: a kernel lets go of the
+interpreter while it works, and two kernels at once do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from kvquant.attention import numba_blocks, simd
+from kvquant.attention.numba_blocks import (
+    FIRST,
+    LOWEST,
+    MASK,
+    Work,
+    mix_by_channel,
+    mix_by_token,
+    score_by_channel,
+    score_by_token,
+    weigh,
+)
+from kvquant.attention.parts import Part, Segment, segments
+from kvquant.engine.body import Body
+from kvquant.engine.pages import CanonicalPage
+
+#: Tokens that are scored before they are mixed: their scores, weights and codes stay in the first cache.
+_BLOCK = 128
+#: Query rows that share unpacked codes.
+_MOST_ROWS = 4
+#: Numbers read below which threads cost more than they bring.
+_WORTH_THREADS = 1 << 18
+#: Entries of a table for the kernel, which looks codes of up to four bits up in a register of sixteen.
+_FEWEST_ENTRIES = 16
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the loops over keys, or over values, are compiled for.
+
+    Attributes:
+        width: head_dim.
+        nbits, group: of the scheme.
+        channel: whether tokens share a scale.
+        entries: entries of the table, 0 for the affine format.
+    """
+
+    width: int
+    nbits: int
+    group: int
+    channel: bool
+    entries: int
+
+    @classmethod
+    def of(cls, page: CanonicalPage) -> Stream:
+        """Return what a page needs."""
+        scheme = page.scheme
+        entries = 0 if page.table is None else max(_FEWEST_ENTRIES, page.table.numel())
+        return cls(page.head_dim, scheme.nbits, scheme.group_size, scheme.axis == "channel", entries)
+
+
+@cache
+def _sources() -> int:
+    """Return a number that changes with the files that numba compiles but does not watch."""
+    text = b"".join(Path(module.__file__ or "").read_bytes() for module in (simd, numba_blocks))
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+@cache
+def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:
+    """Compile the kernel for these streams and `rows` query rows at once, or load it from disk."""
+    k_width, k_bits, k_per, k_entries = key.width, key.nbits, key.group, key.entries
+    v_width, v_bits, v_per, v_entries = value.width, value.nbits, value.group, value.entries
+    k_groups = 1 if key.channel else k_width // k_per
+    v_groups = 1 if value.channel else v_width // v_per
+    score = score_by_channel if key.channel else score_by_token
+    mix = mix_by_channel if value.channel else mix_by_token
+    block, groups = _BLOCK, max(k_groups, v_groups)
+    scales = max(k_width, v_width, block * groups)
+    k_span, v_span = k_width // k_groups, v_width // v_groups
+    made_from = _sources()
+
+    @njit(nogil=True, cache=True, fastmath=True)
+    def kernel(query: Any, pages: Any, mask: Any, shares: Any, highest: Any, total: Any, mixed: Any) -> None:
+        """Attend for some shares of the work.
+
+        Args:
+            query: ``[batch, kv_heads, tiles * rows, width]``.
+            pages: int64 ``[segments, 2 (keys, values), fields]``; the first two are followed by start and stop.
+            mask: int64, see `numba_blocks.MASK`.
+            shares: int64 ``[shares, (batch, head, slot, first token, last token)]``.
+            highest, total, mixed: ``[batch, kv_heads, slots, tiles * rows(, width)]``, written.
+        """
+        bits = np.empty(block if made_from else 0, np.int32)
+        work = Work(
+            np.empty((rows, k_width), np.float32),
+            np.empty(rows, np.float32),
+            np.empty((rows, k_groups), np.float32),
+            np.empty((k_groups, rows, block), np.float32),
+            np.empty((rows, block), np.float32),
+            np.empty((v_groups, rows, block), np.float32),
+            np.empty(scales, np.float32),
+            np.empty(scales, np.float32),
+            np.empty((groups, block), np.float32),
+            np.empty((groups, block), np.float32),
+            bits,
+            bits.view(np.float32),
+            np.empty((rows, v_width), np.float32),
+            np.empty((rows, v_width), np.float32),
+            np.empty((rows, v_groups), np.float32),
+            np.empty(rows, np.float32),
+            np.empty(rows, np.float32),
+        )
+        for share in range(shares.shape[0]):
+            batch, head, slot = shares[share, 0], shares[share, 1], shares[share, 2]
+            for first_row in range(0, query.shape[2], rows):
+                own = query[batch, head, first_row : first_row + rows]
+                for r in range(rows):
+                    for g in range(k_groups):
+                        work.query_sums[r, g] = own[r, g * k_span : (g + 1) * k_span].sum()
+                work.sums[:] = 0
+                work.offset_sums[:] = 0
+                work.total[:] = 0
+                work.highest[:] = LOWEST
+                for segment in range(pages.shape[0]):
+                    keys, values = pages[segment, 0], pages[segment, 1]
+                    begin, end = keys[-2], keys[-1]
+                    for start in range(max(begin, shares[share, 3]), min(end, shares[share, 4]), block):
+                        count = min(block, min(end, shares[share, 4]) - start)
+                        k_at, v_at = keys[FIRST] + start - begin, values[FIRST] + start - begin
+                        score(work, keys, own, batch, head, k_at, count, k_width, k_bits, k_per, rows, k_entries, block)
+                        weigh(work, mask, batch, head, first_row, start, count, v_width, v_groups, rows)
+                        mix(work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block)
+                for r in range(rows):
+                    highest[batch, head, slot, first_row + r] = work.highest[r]
+                    total[batch, head, slot, first_row + r] = work.total[r]
+                    for g in range(v_groups):
+                        for d in range(g * v_span, (g + 1) * v_span):
+                            mixed[batch, head, slot, first_row + r, d] = work.sums[r, d] + work.offset_sums[r, g]
+
+    compiled: Callable[..., None] = kernel
+    return compiled
+
+
+def why_not(keys: Body, values: Body) -> str:
+    """Return why the kernel cannot attend over these bodies, or an empty string."""
+    if keys.device.type != "cpu" or values.device.type != "cpu":
+        return "it runs on the CPU only"
+    for body in (keys, values):
+        if not all(isinstance(page, CanonicalPage) for page in body.pages):
+            return "the backend's format is opaque"
+        if torch.promote_types(body.encoder.dtype, torch.float32) != torch.float32:
+            return f"it computes in float32, and {body.encoder.dtype} was asked for"
+        if len({Stream.of(page) for page in body.pages if isinstance(page, CanonicalPage)}) > 1:
+            return "the backend returned several formats"
+    return ""
+
+
+def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+    """Attend over bodies for which `why_not` has no reason; see `parts.Kernel`."""
+    batch, heads, queries, _ = query.shape
+    found = list(segments(keys, values))
+    key, value = Stream.of(found[0].keys), Stream.of(found[0].values)
+    tiles = -(-queries // _MOST_ROWS)
+    rows = -(-queries // tiles)
+    asked = torch.nn.functional.pad(query, (0, 0, 0, rows * tiles - queries)).contiguous()
+
+    threads = torch.get_num_threads() if len(keys) * batch * heads * key.width >= _WORTH_THREADS else 1
+    slots = threads // math.gcd(batch * heads, threads)
+    cuts = [len(keys) * slot // slots for slot in range(slots + 1)]
+    shares = np.array(
+        [
+            (row, head, slot, cuts[slot], cuts[slot + 1])
+            for row in range(batch)
+            for head in range(heads)
+            for slot in range(slots)
+        ],
+        dtype=np.int64,
+    )
+    highest = torch.empty((batch, heads, slots, rows * tiles))
+    total, mixed = torch.empty_like(highest), torch.empty((*highest.shape, value.width))
+    tables: list[Tensor] = []
+    pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
+    described, masks = _described_mask(mask, last, len(keys))
+    kernel = _kernel(key, value, rows)
+
+    def attend(part: Any) -> None:
+        kernel(asked.numpy(), pages, described, part, highest.numpy(), total.numpy(), mixed.numpy())
+
+    if threads == 1:
+        attend(shares)
+    else:
+        list(_pool(threads).map(attend, np.array_split(shares, threads)))
+    del tables, masks  # the kernel had only their addresses
+    highest = highest.masked_fill_(total == 0, -torch.inf)
+    part = _joined(highest, total, mixed)
+    return Part(part.highest[:, :, :queries], part.total[:, :, :queries], part.mixed[:, :, :queries])
+
+
+def _joined(highest: Tensor, total: Tensor, mixed: Tensor) -> Part:
+    """Join the slots ``[batch, kv_heads, slots, rows]`` of one head's tokens."""
+    if highest.shape[2] == 1:
+        return Part(highest[:, :, 0], total[:, :, 0], mixed[:, :, 0])
+    top = highest.amax(2)
+    weight = (highest - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(2)).exp()
+    return Part(top, (total * weight).sum(2), (mixed * weight.unsqueeze(-1)).sum(2))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kvquant-attention")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
+
+
+def _described(segment: Segment, tables: list[Tensor]) -> list[list[int]]:
+    """Return the pages of a segment in integers, see `numba_blocks.PAGE`; tables made for it go to `tables`."""
+    where = [segment.start, segment.stop]
+    streams = ((segment.keys, segment.key_start), (segment.values, segment.value_start))
+    return [[*_described_page(page, first, tables), *where] for page, first in streams]
+
+
+def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> list[int]:
+    table = 0
+    if page.table is not None:
+        times = max(1, _FEWEST_ENTRIES // page.table.numel())
+        tables.append(page.table.float().repeat(times))
+        table = tables[-1].data_ptr()
+    return [
+        page.codes.data_ptr(),
+        *page.codes.stride()[:3],
+        page.scale.data_ptr(),
+        *page.scale.stride()[:2],
+        0 if page.offset is None else page.offset.data_ptr(),
+        table,
+        first,
+        int(page.scale.dtype == torch.float16),
+    ]
+
+
+def _described_mask(mask: Tensor | None, last: Tensor | None, tokens: int) -> tuple[Any, list[Tensor]]:
+    """Return a mask in integers, see `numba_blocks.MASK`, and the tensors whose addresses are among them."""
+    bias = seen = None
+    if mask is not None and mask.dtype == torch.bool:
+        seen = mask
+    elif mask is not None:
+        bias = mask.float().clamp(min=float(LOWEST))
+        hidden = mask == -torch.inf
+        seen = ~hidden if bool(hidden.any()) else None
+    if last is not None:
+        reached = torch.arange(tokens) <= last
+        seen = reached[None, None, None] if seen is None else seen & reached
+    queries = max([1, *(part.shape[3] for part in (bias, seen) if part is not None)])
+    described = np.zeros(len(MASK), dtype=np.int64)
+    described[-1] = queries
+    for at, part in ((0, bias), (6, seen)):
+        if part is not None:
+            strides = (0 if size == 1 else stride for size, stride in zip(part.shape, part.stride(), strict=True))
+            described[at : at + 6] = [part.data_ptr(), *strides]
+    return described, [part for part in (bias, seen) if part is not None]

@@ -1,0 +1,138 @@
+"""Parts of an attention, and how they become one.
+
+A softmax over many tokens can be taken part by part: what is kept of a part is the largest score, the sum of the
+exponentials, and the values mixed with them, all relative to that score (online softmax, Milakov and Gimelshein,
+arXiv 1805.02867; the same merge as in flash attention, Dao et al., arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.body import Body
+from kvquant.engine.pages import CanonicalPage
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Attention over some of the tokens, for ``rows = groups * query_tokens`` queries of each key/value head.
+
+    Attributes:
+        highest: the largest score, ``[batch, kv_heads, rows]``; -inf where no token may be seen.
+        total: sum of ``exp(score - highest)``, ``[batch, kv_heads, rows]``; 0 where no token may be seen.
+        mixed: sum of ``exp(score - highest) * value``, ``[batch, kv_heads, rows, value_head_dim]``.
+    """
+
+    highest: Tensor
+    total: Tensor
+    mixed: Tensor
+
+
+class Kernel(Protocol):
+    """Attends over the quantised tokens of a layer without writing them to memory dequantised."""
+
+    def __call__(self, query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+        """Attend over `keys` and `values`.
+
+        Args:
+            query: float32 ``[batch, kv_heads, groups * query_tokens, head_dim]``, multiplied by the softmax scale.
+            keys, values: bodies of the same length, on the device of `query`, of canonical formats.
+            mask: bool or floating, ``[batch or 1, kv_heads or 1, groups or 1, query_tokens or 1, len(keys) or 1]``.
+            last: int64 ``[query_tokens, 1]``, the last token of the body that each query token may see, below zero
+                for none; None if all may be seen.
+        """
+        ...  # an interface
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tokens that lie in one page of keys and in one page of values.
+
+    Attributes:
+        start, stop: the tokens, counted from the first of the body.
+        keys, values: the pages.
+        key_start, value_start: where in its page the first token is.
+    """
+
+    start: int
+    stop: int
+    keys: CanonicalPage
+    key_start: int
+    values: CanonicalPage
+    value_start: int
+
+
+def segments(keys: Body, values: Body) -> Iterator[Segment]:
+    """Yield the segments of two bodies of the same length and of canonical formats, in order of tokens."""
+    key_pages, value_pages = list(_located(keys)), list(_located(values))
+    at = start = 0
+    for first, page in key_pages:
+        while start < first + page.length:
+            while value_pages[at][0] + value_pages[at][1].length <= start:
+                at += 1
+            value_first, value_page = value_pages[at]
+            stop = min(first + page.length, value_first + value_page.length)
+            yield Segment(start, stop, page, start - first, value_page, start - value_first)
+            start = stop
+
+
+def _located(body: Body) -> Iterator[tuple[int, CanonicalPage]]:
+    first = 0
+    for page in body.pages:
+        if not isinstance(page, CanonicalPage):
+            raise TypeError("only pages of a canonical format can be read without their backend")
+        yield first, page
+        first += page.length
+
+
+class Running:
+    """An attention that parts are added to."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], value_head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Begin with nothing; `shape` is ``(batch, kv_heads, groups, query_tokens)``."""
+        self._highest = torch.full((*shape, 1), -torch.inf, dtype=dtype, device=device)
+        self._total = torch.zeros_like(self._highest)
+        self._mixed = torch.zeros((*shape, value_head_dim), dtype=dtype, device=device)
+
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        """Add tokens with these scores.
+
+        Args:
+            scores: ``[batch, kv_heads, groups, query_tokens, tokens]``; -inf where a token may not be seen.
+            values: ``[batch, kv_heads, tokens, value_head_dim]``.
+        """
+        highest = scores.amax(-1, keepdim=True)
+        raised = torch.maximum(self._highest, highest)
+        # While nothing may be seen the maximum is -inf, and -inf - -inf would be NaN.
+        reference = raised.masked_fill(raised == -torch.inf, 0.0)
+        weights = (scores - reference).exp_()
+        part = weights.flatten(2, 3) @ values
+        self._raise_to(raised, reference)
+        self._total += weights.sum(-1, keepdim=True)
+        self._mixed += part.reshape(self._mixed.shape)
+
+    def merge(self, part: Part) -> None:
+        """Add a part."""
+        shape = self._highest.shape
+        highest = part.highest.reshape(shape).to(self._highest.dtype)
+        raised = torch.maximum(self._highest, highest)
+        reference = raised.masked_fill(raised == -torch.inf, 0.0)
+        weight = (highest - reference).exp_()
+        self._raise_to(raised, reference)
+        self._total += part.total.reshape(shape) * weight
+        self._mixed += part.mixed.reshape(self._mixed.shape) * weight
+
+    def _raise_to(self, raised: Tensor, reference: Tensor) -> None:
+        kept = (self._highest - reference).exp_()
+        self._highest, self._total, self._mixed = raised, self._total * kept, self._mixed * kept
+
+    def result(self) -> Tensor:
+        """Return the attention, ``[batch, kv_heads, groups, query_tokens, value_head_dim]``; zeros of nothing seen."""
+        return self._mixed / self._total.masked_fill(self._total == 0, 1.0)
