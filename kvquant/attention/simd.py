@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils, config, types
+from numba import types
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 #: Whether numba compiles for registers of 512 bits.
