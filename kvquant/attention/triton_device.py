@@ -11,11 +11,15 @@ its 24 bits; products of bfloat16 are exact in the float32 that they are summed 
 summed is rounded as in float32. Where scales cannot be folded, or entries of a codebook need 24 bits, both operands
 are float32 and tf32x3 does the same at more than twice the cost.
 
-How the rows of a product are used. A product has 16 rows at least, one query token of a group of 4 heads has 4. Its
-rows are therefore `E` to a query row: *(scale group, term)* in this order. A row has one term of the query, zeroed
-outside of one group of channels, so that one product gives what every group sums to apart; the same on the side of
-the values, where the groups are taken apart at the very end. With 4 query rows and 2 groups, 32 rows take one pass
-over the codes where three terms would take three.
+How the rows of a product are used. A product has 16 rows at least, one query token of a group of 4 heads has 4. Query
+rows are therefore repeated ``EXPAND`` times, the rows of a repetition adjacent. A repetition is for one scale group and
+one term, *(group, term)* in this order, and zero outside of its group of channels: one product gives the sums of all
+groups apart. On the side of the values they are picked at the very end. With 4 query rows and 2 groups, 32 rows take
+one pass over the codes where three terms would take three.
+
+How codes are unpacked. A plane of a byte (see `kvquant.engine.packing`) is a run of channels and has a product of its
+own: its operand is a shift and a mask of the bytes as they were loaded, nothing is interleaved or laid out anew.
+Tuples of tensors hold what there is of each plane.
 """
 # Annotations of `tl.constexpr` are read by triton, which wants them evaluated: no `from __future__` here.
 
@@ -32,61 +36,60 @@ CHANNEL = tl.constexpr(0)  # one row of scales holds for all tokens of a tile
 TOKEN = tl.constexpr(1)  # scales of every token, for a few groups of channels
 GENERAL = tl.constexpr(2)  # a scale for each number
 
-#: Terms of a float32 number in bfloat16, and what they take of a power of two of rows.
-TERMS = tl.constexpr(3)
+
+@triton.jit
+def _channels(plane: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
+    """Return the channels of a plane of `row` codes ``[padded]``, and which of them there are."""
+    at = tl.arange(0, padded)
+    return plane * row + at, (at < row) & (plane * row + at < head_dim)
 
 
 @triton.jit
-def _channels(head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr, planes: tl.constexpr):
-    """Return the channel of each column of a tile ``[planes * padded]``, and whether there is one.
-
-    A plane has `row` codes and its columns are padded to a power of two, so columns are not channels.
-    """
-    column = tl.arange(0, planes * padded)
-    channel = (column // padded) * row + column % padded
-    return channel, (column % padded < row) & (channel < head_dim)
-
-
-@triton.jit
-def _codes(
-    codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr,
-    row: tl.constexpr, padded: tl.constexpr, planes: tl.constexpr,
+def _bytes(
+    codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr
 ):  # fmt: skip
-    """Return codes int32 ``[tokens, planes * padded]``; each byte is loaded once, and unpacked in registers.
+    """Load packed rows, each byte once: the bytes of the planes, and of the plane of high bits for 3 bits.
 
     Args:
-        codes: the packed rows of one head.
+        codes: the packed rows of one head, `stride` bytes each.
         token, valid: ``[tokens]``, where in the page the tokens are, and whether they are to be read.
-        nbits, stride: bits of a code, bytes of a packed row.
-        row, padded, planes: codes of a plane, the same padded to a power of two, planes (of the low 2 bits, for 3).
+        nbits: bits of a code.
+        row, padded: codes of a plane (for 3 bits, of the planes of low bits), the same padded to a power of two.
+
+    Returns:
+        uint8 ``[tokens, padded]``, twice.
     """
-    width: tl.constexpr = 8 // planes
     at = tl.arange(0, padded)
-    read = valid[:, None] & (at < row)[None, :]
-    start = codes + token[:, None] * stride
-    low = tl.load(start + at[None, :], mask=read, other=0).to(tl.int32)
-    if planes == 1:
-        return low
-    plane = tl.arange(0, planes)[None, :, None]
-    found = (low[:, None, :] >> (plane * width)) & ((1 << width) - 1)
+    start = codes + (token * stride)[:, None]
+    if row == padded:
+        read = tl.broadcast_to(valid[:, None], [token.shape[0], padded])
+    else:
+        read = valid[:, None] & (at < row)[None, :]
+    low = tl.load(start + at[None, :], mask=read, other=0)
+    high = low
     if nbits == 3:
-        # The plane of high bits has half as many bytes, so each of its bytes is read twice, the second time from L1.
-        half: tl.constexpr = row // 2
-        high = tl.load(start + row + (at % half)[None, :], mask=read, other=0).to(tl.int32)
-        shift = plane * 2 + (at >= half)[None, None, :].to(tl.int32)
-        found = found | (((high[:, None, :] >> shift) & 1) << 2)
-    return tl.reshape(found, [low.shape[0], planes * padded])
+        # There are half as many bytes of high bits, so each is read twice, the second time from L1.
+        high = tl.load(start + row + (at % (row // 2))[None, :], mask=read, other=0)
+    return low, high
 
 
 @triton.jit
-def _numbers(codes, table, scale, offset, nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr):
-    """Return what stands for codes ``[tokens, columns]`` in a product: bfloat16 where that is exact, else float32.
+def _numbers(
+    low, high, plane: tl.constexpr, table, scale, offset,
+    nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """Return what stands for the codes of a plane in a product: bfloat16 where that is exact, else float32.
 
-    Up to 4 bits the code is put behind a bfloat16's exponent, which gives ``1 + code / 2**nbits`` for two cheap
-    operations; `_folded` undoes it. Conversions from integers run at a quarter to a half of the rate of arithmetic.
+    Up to 4 bits the code is put behind a bfloat16's exponent, which gives ``1 + code / 2**nbits`` for one cheap
+    operation; `_folded` undoes it. Conversions from integers run at a half of the rate of arithmetic at best.
     """
+    width: tl.constexpr = 2 if nbits == 3 else nbits
+    codes = (low >> (plane * width)) & ((1 << width) - 1)
+    if nbits == 3:
+        second = (tl.arange(0, padded) >= row // 2).to(tl.uint8)  # the plane of high bits has half as many bytes
+        codes = codes | (((high >> (plane * 2 + second)[None, :].to(tl.uint8)) & 1) << 2)
     if codebook:
-        numbers = tl.load(table + codes)
+        numbers = tl.load(table + codes.to(tl.int32))
         if mode == GENERAL:
             numbers = numbers * scale
     elif mode == GENERAL:
@@ -94,7 +97,7 @@ def _numbers(codes, table, scale, offset, nbits: tl.constexpr, codebook: tl.cons
     elif nbits == 8:
         numbers = codes.to(tl.float32).to(tl.bfloat16)
     else:
-        numbers = (codes << (7 - nbits) | 0x3F80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        numbers = (codes.to(tl.uint16) << (7 - nbits) | 0x3F80).to(tl.bfloat16, bitcast=True)
     return numbers
 
 
@@ -105,75 +108,84 @@ def _folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.constex
     Spare capacity holds anything, NaN too, so nothing may be read behind the valid tokens.
     """
     scale = tl.load(scales + at, mask=read, other=0.0).to(tl.float32)
-    if codebook:
-        return scale, scale * 0.0
-    offset = tl.load(offsets + at, mask=read, other=0.0).to(tl.float32)
-    if mode != GENERAL and nbits < 8:
-        # code * s + o = (1 + code / 2^nbits) * (s * 2^nbits) + (o - s * 2^nbits)
-        scale = scale * (1 << nbits)
-        offset = offset - scale
+    offset = tl.zeros_like(scale)
+    if not codebook:
+        offset = tl.load(offsets + at, mask=read, other=0.0).to(tl.float32)
+        if mode != GENERAL and nbits < 8:
+            # code * s + o = (1 + code / 2^nbits) * (s * 2^nbits) + (o - s * 2^nbits)
+            scale = scale * (1 << nbits)
+            offset = offset - scale
     return scale, offset
 
 
 @triton.jit
-def _scales(
-    scales, offsets, token, valid, channel, inside, group,
+def _plane_scales(
+    scales, offsets, token, valid, channel, inside,
     nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr, by_channel: tl.constexpr,
-    group_size: tl.constexpr, stride: tl.constexpr, groups: tl.constexpr,
+    head_dim: tl.constexpr, group_size: tl.constexpr,
 ):  # fmt: skip
-    """Return scales and offsets of a tile: ``[1, columns]``, ``[E, tokens]`` or ``[tokens, columns]``, by `mode`."""
+    """Return scales and offsets of a plane: ``[1, padded]`` (`CHANNEL`) or ``[tokens, padded]`` (`GENERAL`)."""
     if mode == CHANNEL:
-        at = tl.max(token // group_size, 0) * stride + channel[None, :]
-        read = inside[None, :]
-    elif mode == TOKEN:
-        at = token[None, :] * stride + group[:, None]
-        read = valid[None, :] & (group < groups)[:, None]
+        at, read = tl.max(token // group_size, 0) * head_dim + channel[None, :], inside[None, :]
     else:
         read = valid[:, None] & inside[None, :]
         if by_channel:
-            at = (token // group_size)[:, None] * stride + channel[None, :]
+            at = (token // group_size)[:, None] * head_dim + channel[None, :]
         else:
-            at = token[:, None] * stride + (channel // group_size)[None, :]
+            at = token[:, None] * (head_dim // group_size) + (channel // group_size)[None, :]
     return _folded(scales, offsets, at, read, nbits, codebook, mode)
 
 
 @triton.jit
-def _terms(rows, term, stacked: tl.constexpr, exact: tl.constexpr):
-    """Return float32 `rows` ``[rows, n]`` as three operands, of which the second and third count where not `stacked`.
-
-    Args:
-        rows: the numbers.
-        term: ``[rows]``, which term a row holds, where they are stacked.
-        stacked: whether the terms have rows of their own.
-        exact: whether bfloat16 terms are wanted; else the numbers are returned as they are.
-    """
-    if not exact:
-        return rows, rows, rows
-    first = rows.to(tl.bfloat16)
-    rest = rows - first.to(tl.float32)
-    second = rest.to(tl.bfloat16)
-    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-    if stacked:
-        held = tl.where((term == 0)[:, None], first.to(tl.float32), 0.0)
-        held = tl.where((term == 1)[:, None], second.to(tl.float32), held)
-        held = tl.where((term == 2)[:, None], third.to(tl.float32), held)
-        first = held.to(tl.bfloat16)
-    return first, second, third
+def _token_scales(
+    scales, offsets, token, valid, group, nbits: tl.constexpr, codebook: tl.constexpr, groups: tl.constexpr
+):  # fmt: skip
+    """Return scales and offsets ``[len(group), 1, tokens]`` of `groups` groups of channels (`TOKEN`)."""
+    at = token[None, None, :] * groups + group[:, None, None]
+    read = valid[None, None, :] & (group < groups)[:, None, None]
+    return _folded(scales, offsets, at, read, nbits, codebook, TOKEN)
 
 
 @triton.jit
-def _dot(first, second, third, numbers, total, stacked: tl.constexpr, exact: tl.constexpr):
-    """Return ``total + (first + second + third) @ numbers``."""
+def _cut(numbers):
+    """Return the leading 8 bits of float32 numbers: what bfloat16 holds, without a rounding instruction."""
+    return (numbers.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(rows, numbers, total, term, stacked: tl.constexpr, exact: tl.constexpr):
+    """Return ``total + rows @ numbers``.
+
+    Args:
+        rows: float32 ``[rows, n]``.
+        numbers: ``[n, columns]``, bfloat16 if `exact`, else float32.
+        total: float32 ``[rows, columns]``.
+        term: ``[rows]``, which term of the numbers a row stands for where they are `stacked`.
+        stacked, exact: whether terms have rows of their own, and whether there are terms.
+    """
     if not exact:
-        return tl.dot(first, numbers, total, input_precision="tf32x3")
-    if INTERPRETED:
-        first, second, third = first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
-        numbers = numbers.to(tl.float32)
-    total = tl.dot(first, numbers, total, input_precision="ieee")
-    if not stacked:
-        total = tl.dot(second, numbers, total, input_precision="ieee")
-        total = tl.dot(third, numbers, total, input_precision="ieee")
+        total = tl.dot(rows, numbers, total, input_precision="tf32x3")
+    else:
+        # 24 bits are 8 and 8 and 8, so the terms are all there is of a number.
+        first = _cut(rows)
+        second = _cut(rows - first)
+        third = rows - first - second
+        if stacked:
+            first = tl.where((term == 0)[:, None], first, tl.where((term == 1)[:, None], second, third))
+            first = tl.where((term == 3)[:, None], 0.0, first)
+        if INTERPRETED:
+            numbers = numbers.to(tl.float32)
+        total = tl.dot(first.to(numbers.dtype), numbers, total, input_precision="ieee")
+        if not stacked:
+            total = tl.dot(second.to(numbers.dtype), numbers, total, input_precision="ieee")
+            total = tl.dot(third.to(numbers.dtype), numbers, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _repeated(rows, times: tl.constexpr):
+    """Return ``[times * rows]`` of ``[rows]``."""
+    return tl.reshape(tl.broadcast_to(rows[None, :], [times, rows.shape[0]]), [times * rows.shape[0]])
 
 
 @triton.jit(do_not_specialize=["first", "tokens", "front", "k_start", "v_start", "blocks", "slot", "slots"])
@@ -186,10 +198,12 @@ def attend_split(
     MASKED: tl.constexpr, BOOLEAN: tl.constexpr, LIMITED: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr,
     K_BITS: tl.constexpr, K_BOOK: tl.constexpr, K_MODE: tl.constexpr, K_BY_CHANNEL: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_STRIDE: tl.constexpr, K_ROW: tl.constexpr, K_PAD: tl.constexpr,
-    K_PLANES: tl.constexpr, K_EXPAND: tl.constexpr, K_STACKED: tl.constexpr, K_EXACT: tl.constexpr,
+    K_PLANES: tl.constexpr, K_TERMS: tl.constexpr, K_GROUPS: tl.constexpr, K_EXPAND: tl.constexpr,
+    K_EXACT: tl.constexpr,
     V_BITS: tl.constexpr, V_BOOK: tl.constexpr, V_MODE: tl.constexpr, V_BY_CHANNEL: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, V_STRIDE: tl.constexpr, V_ROW: tl.constexpr, V_PAD: tl.constexpr,
-    V_PLANES: tl.constexpr, V_EXPAND: tl.constexpr, V_STACKED: tl.constexpr, V_EXACT: tl.constexpr,
+    V_PLANES: tl.constexpr, V_TERMS: tl.constexpr, V_GROUPS: tl.constexpr, V_EXPAND: tl.constexpr,
+    V_EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attend over tiles ``blocks * split`` on of one segment, for one key/value head and `RB` of its query rows.
 
@@ -206,30 +220,32 @@ def attend_split(
     if not V_BOOK:
         v_offsets += batch * v_scale_batch + kv_head * v_scale_head
 
-    k_channel, k_inside = _channels(K_DIM, K_ROW, K_PAD, K_PLANES)
-    v_channel, v_inside = _channels(V_DIM, V_ROW, V_PAD, V_PLANES)
-    # Rows of the products: `*_EXPAND` to a query row, (group, term).
-    k_expanded, v_expanded = tl.arange(0, RB * K_EXPAND), tl.arange(0, RB * V_EXPAND)
-    k_terms: tl.constexpr = 4 if K_STACKED else 1
-    v_terms: tl.constexpr = 4 if V_STACKED else 1
-    k_group, k_term = k_expanded % K_EXPAND // k_terms, k_expanded % k_terms
-    v_term = v_expanded % v_terms
-    k_group_of, v_group_of = tl.arange(0, K_EXPAND) // k_terms, tl.arange(0, V_EXPAND) // v_terms
-    v_first_of = tl.arange(0, V_EXPAND) % v_terms == 0
-    v_one = v_expanded % V_EXPAND == 0
-
-    q_row = row_block * RB + k_expanded // K_EXPAND
-    q_at = (head * rows + q_row)[:, None] * K_DIM + k_channel[None, :]
-    if K_MODE == TOKEN:
-        q_read = (q_row < rows)[:, None] & k_inside[None, :] & (k_group[:, None] == (k_channel // K_GROUP)[None, :])
-    else:
-        q_read = ((q_row < rows) & (k_group == 0))[:, None] & k_inside[None, :]
-    q = tl.load(query + q_at, mask=q_read, other=0.0)
-    q1, q2, q3 = _terms(q, k_term, K_STACKED, K_EXACT)
-    q_sum = tl.where(k_term == 0, tl.sum(q, 1), 0.0)
+    # Repetitions of the query rows: which group, which term; those behind the last group are zero.
+    k_repetition, v_repetition = tl.arange(0, K_EXPAND), tl.arange(0, V_EXPAND)
+    k_term, v_term = tl.arange(0, RB * K_EXPAND) // RB % K_TERMS, tl.arange(0, RB * V_EXPAND) // RB % V_TERMS
+    k_group = tl.arange(0, RB * K_EXPAND) // RB // K_TERMS
+    k_groups, v_groups = tl.arange(0, K_GROUPS), tl.arange(0, V_GROUPS)
 
     row = row_block * RB + tl.arange(0, RB)
     row_ok = row < rows
+    q_row = row_block * RB + tl.arange(0, RB * K_EXPAND) % RB
+    q_start = query + (head * rows + q_row)[:, None] * K_DIM
+    q_planes, plain_planes, q_sum = (), (), tl.zeros([K_GROUPS, RB], tl.float32)
+    for plane in tl.static_range(K_PLANES):
+        k_channel, k_inside = _channels(plane, K_DIM, K_ROW, K_PAD)
+        own = k_inside[None, :] & (q_row < rows)[:, None]
+        if K_MODE == TOKEN:
+            own = own & (k_group[:, None] == (k_channel // K_GROUP)[None, :])
+        else:
+            own = own & (k_group == 0)[:, None]
+        q_planes = q_planes + (tl.load(q_start + k_channel[None, :], mask=own, other=0.0),)
+        plain_at = (head * rows + row)[:, None] * K_DIM + k_channel[None, :]
+        plain = tl.load(query + plain_at, mask=row_ok[:, None] & k_inside[None, :], other=0.0)
+        plain_planes = plain_planes + (plain,)
+        if K_MODE == TOKEN:
+            in_group = k_groups[:, None, None] == (k_channel // K_GROUP)[None, None, :]
+            q_sum += tl.sum(tl.where(in_group, plain[None, :, :], 0.0), 2)
+
     if MASKED:
         mask += batch * mask_batch + kv_head * mask_head
         mask_row = (row // query_tokens) * mask_group + (row % query_tokens) * mask_query
@@ -238,8 +254,9 @@ def attend_split(
 
     top = tl.full([RB], float("-inf"), tl.float32)
     weight = tl.zeros([RB], tl.float32)
-    acc = tl.zeros([RB * V_EXPAND, V_PLANES * V_PAD], tl.float32)
-    acc_offset = tl.zeros([RB * V_EXPAND], tl.float32)
+    accs, from_offsets = (), tl.zeros([V_GROUPS, RB], tl.float32)
+    for plane in tl.static_range(V_PLANES):
+        accs = accs + (tl.zeros([V_EXPAND * RB, V_PAD], tl.float32),)
 
     # A tile begins where a group does: `front` tokens of the first one lie before the segment.
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(tokens + front, TILE))):
@@ -248,24 +265,35 @@ def attend_split(
 
         # ------------------------------------------------------------------------------------ scores [RB, TILE]
         token = tl.where(valid, index + k_start, 0)
-        s, o = _scales(
-            k_scales, k_offsets, token, valid, k_channel, k_inside, k_group_of,
-            K_BITS, K_BOOK, K_MODE, K_BY_CHANNEL, K_GROUP, K_DIM if K_BY_CHANNEL else K_DIM // K_GROUP,
-            1 if K_BY_CHANNEL else K_DIM // K_GROUP,
-        )  # fmt: skip
-        codes = _codes(k_codes, token, valid, K_BITS, K_STRIDE, K_ROW, K_PAD, K_PLANES)
-        numbers = tl.trans(_numbers(codes, k_table, s, o, K_BITS, K_BOOK, K_MODE))
-        if K_MODE == CHANNEL:
-            q1, q2, q3 = _terms(q * s, k_term, K_STACKED, K_EXACT)
-            q_sum = tl.where(k_term == 0, tl.sum(q * o, 1), 0.0)
-        expanded = tl.zeros([RB * K_EXPAND, TILE], tl.float32)
-        expanded = _dot(q1, q2, q3, numbers, expanded, K_STACKED, K_EXACT)
-        if K_MODE == CHANNEL:
-            expanded += q_sum[:, None]
-        scores = tl.reshape(expanded, [RB, K_EXPAND, TILE])
+        low, high = _bytes(k_codes, token, valid, K_BITS, K_STRIDE, K_ROW, K_PAD)
+        expanded = tl.zeros([K_EXPAND * RB, TILE], tl.float32)
+        bias = tl.zeros([RB], tl.float32)
+        for plane in tl.static_range(K_PLANES):
+            q, s, o = q_planes[plane], None, None
+            if K_MODE != TOKEN:
+                channel, inside = _channels(plane, K_DIM, K_ROW, K_PAD)
+                s, o = _plane_scales(
+                    k_scales, k_offsets, token, valid, channel, inside,
+                    K_BITS, K_BOOK, K_MODE, K_BY_CHANNEL, K_DIM, K_GROUP,
+                )  # fmt: skip
+            numbers = _numbers(low, high, plane, k_table, s, o, K_BITS, K_BOOK, K_MODE, K_ROW, K_PAD)
+            if K_MODE == CHANNEL:
+                q = q * s
+                if not K_BOOK:
+                    bias += tl.sum(plain_planes[plane] * o, 1)
+            expanded = _dot(q, tl.trans(numbers), expanded, k_term, K_TERMS > 1, K_EXACT)
+        scores = tl.reshape(expanded, [K_EXPAND, RB, TILE])
         if K_MODE == TOKEN:
-            scores = scores * s[None, :, :] + tl.reshape(q_sum, [RB, K_EXPAND])[:, :, None] * o[None, :, :]
-        scores = tl.sum(scores, 1)
+            s, unused = _token_scales(
+                k_scales, k_offsets, token, valid, k_repetition // K_TERMS, K_BITS, K_BOOK, K_DIM // K_GROUP
+            )
+            scores = scores * s
+        scores = tl.sum(scores, 0)
+        if not K_BOOK and K_MODE == TOKEN:
+            unused, o = _token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
+            scores += tl.sum(q_sum[:, :, None] * o, 0)
+        if K_MODE == CHANNEL:
+            scores += bias[:, None]
 
         shown = row_ok[:, None] & valid[None, :]
         if LIMITED:
@@ -286,43 +314,57 @@ def attend_split(
         kept = tl.exp(top - reference)
         p_sum = tl.sum(p, 1)
         weight, top = weight * kept + p_sum, raised
-        kept = tl.reshape(tl.broadcast_to(kept[:, None], [RB, V_EXPAND]), [RB * V_EXPAND])
 
         # ------------------------------------------------------------------------------------ values
         token = tl.where(valid, index + v_start, 0)
-        s, o = _scales(
-            v_scales, v_offsets, token, valid, v_channel, v_inside, v_group_of,
-            V_BITS, V_BOOK, V_MODE, V_BY_CHANNEL, V_GROUP, V_DIM if V_BY_CHANNEL else V_DIM // V_GROUP,
-            1 if V_BY_CHANNEL else V_DIM // V_GROUP,
-        )  # fmt: skip
-        codes = _codes(v_codes, token, valid, V_BITS, V_STRIDE, V_ROW, V_PAD, V_PLANES)
-        numbers = _numbers(codes, v_table, s, o, V_BITS, V_BOOK, V_MODE)
+        low, high = _bytes(v_codes, token, valid, V_BITS, V_STRIDE, V_ROW, V_PAD)
         if V_MODE == TOKEN:
-            weights = p[:, None, :] * s[None, :, :]
-            offset = tl.sum(p[:, None, :] * o[None, :, :], 2)
-            offset = tl.where(v_first_of[None, :], offset, 0.0)
-            acc_offset = acc_offset * kept + tl.reshape(offset, [RB * V_EXPAND])
+            s, unused = _token_scales(
+                v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_DIM // V_GROUP
+            )
+            weights = p[None, :, :] * s
+            if not V_BOOK:
+                unused, o = _token_scales(v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP)
+                from_offsets = from_offsets * kept[None, :] + tl.sum(p[None, :, :] * o, 2)
         else:
-            weights = tl.where((v_group_of == 0)[None, :, None], p[:, None, :], 0.0)
-        weights = tl.reshape(weights, [RB * V_EXPAND, TILE])
-        p1, p2, p3 = _terms(weights, v_term, V_STACKED, V_EXACT)
-        acc = acc * kept[:, None]
-        if V_MODE == CHANNEL:
-            tile = tl.zeros([RB * V_EXPAND, V_PLANES * V_PAD], tl.float32)
-            tile = _dot(p1, p2, p3, numbers, tile, V_STACKED, V_EXACT)
-            sums = tl.reshape(tl.broadcast_to(p_sum[:, None], [RB, V_EXPAND]), [RB * V_EXPAND])
-            acc += tile * s + tl.where(v_one, sums, 0.0)[:, None] * o
-        else:
-            acc = _dot(p1, p2, p3, numbers, acc, V_STACKED, V_EXACT)
+            weights = tl.where((v_repetition < V_TERMS)[:, None, None], p[None, :, :], 0.0)
+        weights = tl.reshape(weights, [V_EXPAND * RB, TILE])
+        kept_rows = _repeated(kept, V_EXPAND)
+        added = ()
+        for plane in tl.static_range(V_PLANES):
+            acc, s, o = accs[plane] * kept_rows[:, None], None, None
+            if V_MODE != TOKEN:
+                channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
+                s, o = _plane_scales(
+                    v_scales, v_offsets, token, valid, channel, inside,
+                    V_BITS, V_BOOK, V_MODE, V_BY_CHANNEL, V_DIM, V_GROUP,
+                )  # fmt: skip
+            numbers = _numbers(low, high, plane, v_table, s, o, V_BITS, V_BOOK, V_MODE, V_ROW, V_PAD)
+            if V_MODE == CHANNEL:
+                tile = _dot(
+                    weights, numbers, tl.zeros([V_EXPAND * RB, V_PAD], tl.float32), v_term, V_TERMS > 1, V_EXACT
+                )
+                once = tl.where(tl.arange(0, V_EXPAND * RB) < RB, _repeated(p_sum, V_EXPAND), 0.0)
+                acc += tile * s + once[:, None] * o
+            else:
+                acc = _dot(weights, numbers, acc, v_term, V_TERMS > 1, V_EXACT)
+            added = added + (acc,)
+        accs = added
 
-    if V_MODE == TOKEN:
-        own = (v_expanded % V_EXPAND // v_terms)[:, None] == (v_channel // V_GROUP)[None, :]
-        acc = tl.where(own, acc + acc_offset[:, None], 0.0)
-    out = tl.sum(tl.reshape(acc, [RB, V_EXPAND, V_PLANES * V_PAD]), 1)
     at = (head * slots + slot + split) * rows + row
     tl.store(highest + at, top, mask=row_ok)
     tl.store(total + at, weight, mask=row_ok)
-    tl.store(mixed + at[:, None] * V_DIM + v_channel[None, :], out, mask=row_ok[:, None] & v_inside[None, :])
+    for plane in tl.static_range(V_PLANES):
+        channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
+        sums = tl.reshape(accs[plane], [V_EXPAND, RB, V_PAD])
+        if V_MODE == TOKEN:
+            group = channel // V_GROUP
+            sums = tl.where((v_repetition // V_TERMS)[:, None, None] == group[None, None, :], sums, 0.0)
+        out = tl.sum(sums, 0)
+        if V_MODE == TOKEN:
+            own = v_groups[:, None, None] == (channel // V_GROUP)[None, None, :]
+            out += tl.sum(tl.where(own, from_offsets[:, :, None], 0.0), 0)
+        tl.store(mixed + at[:, None] * V_DIM + channel[None, :], out, mask=row_ok[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["slots"])

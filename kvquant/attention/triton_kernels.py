@@ -36,7 +36,7 @@ _CHANNEL, _TOKEN, _GENERAL = 0, 1, 2
 #: Query rows of a program at most; more share a tile in several programs, and its bytes in L2.
 _ROWS = 16
 #: Rows of a product at most, once query rows are expanded by groups and terms: more would not fit the registers.
-_EXPANDED_ROWS = 64
+_EXPANDED_ROWS = 32
 #: Rows of a product at least, which tensor cores want.
 _FEWEST_ROWS = 16
 #: Programs for each multiprocessor: enough to hide latency, and to even out the last wave.
@@ -152,26 +152,20 @@ class _Side:
         strides = (*page.codes.stride()[:2], *page.scale.stride()[:2])
         return page.codes, page.scale, page.offset, page.table, *strides
 
-    def expansion(self, row_block: int) -> tuple[int, bool, bool]:
-        """Return rows of a product to a query row, whether terms have rows, and whether codes are exact in 16 bits."""
-        groups = 1
-        if self.mode == _TOKEN:
-            groups = _power_of_two(self.head_dim // self.page.scheme.group_size)
-        exact = self.page.table is None and self.mode != _GENERAL
-        stacked = exact and row_block * groups * 4 <= _EXPANDED_ROWS
-        return max(groups * (4 if stacked else 1), _FEWEST_ROWS // row_block), stacked, exact
-
     def constants(self, prefix: str, row_block: int) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
         scheme, stride = self.page.scheme, self.page.codes.shape[3]
         planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[scheme.nbits]
         row = stride * 2 // 3 if scheme.nbits == 3 else stride
-        expand, stacked, exact = self.expansion(row_block)
+        groups = _power_of_two(self.head_dim // scheme.group_size) if self.mode == _TOKEN else 1
+        exact = self.page.table is None and self.mode != _GENERAL  # codes are exact in 16 bits, entries are not
+        # Three terms of a number take four rows, as a power of two is wanted.
+        terms = 4 if exact and row_block * groups * 4 <= _EXPANDED_ROWS else 1
         constants = {
             "BITS": scheme.nbits, "BOOK": self.page.table is not None, "MODE": self.mode,
             "BY_CHANNEL": scheme.axis == "channel", "DIM": self.head_dim, "GROUP": scheme.group_size,
-            "STRIDE": stride, "ROW": row, "PAD": max(_power_of_two(row), _FEWEST_ROWS // planes), "PLANES": planes,
-            "EXPAND": expand, "STACKED": stacked, "EXACT": exact,
+            "STRIDE": stride, "ROW": row, "PAD": max(_power_of_two(row), _FEWEST_ROWS), "PLANES": planes,
+            "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block), "EXACT": exact,
         }  # fmt: skip
         return {f"{prefix}_{name}": value for name, value in constants.items()}
 
