@@ -22,6 +22,10 @@ settings.load_profile("default")
 # The tensors here are tiny: threads would cost more than they bring, and on a busy machine far more.
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels are interpreted. Triton asks once, where it is imported, so this comes before that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tests never reach for a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

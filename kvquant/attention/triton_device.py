@@ -255,7 +255,7 @@ def attend_split(
     top = tl.full([RB], float("-inf"), tl.float32)
     weight = tl.zeros([RB], tl.float32)
     accs, from_offsets = (), tl.zeros([V_GROUPS, RB], tl.float32)
-    for plane in tl.static_range(V_PLANES):
+    for _plane in tl.static_range(V_PLANES):
         accs = accs + (tl.zeros([V_EXPAND * RB, V_PAD], tl.float32),)
 
     # A tile begins where a group does: `front` tokens of the first one lie before the segment.
@@ -284,13 +284,13 @@ def attend_split(
             expanded = _dot(q, tl.trans(numbers), expanded, k_term, K_TERMS > 1, K_EXACT)
         scores = tl.reshape(expanded, [K_EXPAND, RB, TILE])
         if K_MODE == TOKEN:
-            s, unused = _token_scales(
+            s, _unused = _token_scales(
                 k_scales, k_offsets, token, valid, k_repetition // K_TERMS, K_BITS, K_BOOK, K_DIM // K_GROUP
             )
             scores = scores * s
         scores = tl.sum(scores, 0)
         if not K_BOOK and K_MODE == TOKEN:
-            unused, o = _token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
+            _unused, o = _token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
             scores += tl.sum(q_sum[:, :, None] * o, 0)
         if K_MODE == CHANNEL:
             scores += bias[:, None]
@@ -319,12 +319,14 @@ def attend_split(
         token = tl.where(valid, index + v_start, 0)
         low, high = _bytes(v_codes, token, valid, V_BITS, V_STRIDE, V_ROW, V_PAD)
         if V_MODE == TOKEN:
-            s, unused = _token_scales(
+            s, _unused = _token_scales(
                 v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_DIM // V_GROUP
             )
             weights = p[None, :, :] * s
             if not V_BOOK:
-                unused, o = _token_scales(v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP)
+                _unused, o = _token_scales(
+                    v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP
+                )
                 from_offsets = from_offsets * kept[None, :] + tl.sum(p[None, :, :] * o, 2)
         else:
             weights = tl.where((v_repetition < V_TERMS)[:, None, None], p[None, :, :], 0.0)
