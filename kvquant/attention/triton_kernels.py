@@ -95,7 +95,7 @@ def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, la
             *launch.keys.arguments, segment.key_start, *launch.values.arguments, segment.value_start, *strides,
             segment.start, segment.stop - segment.start, launch.front, launch.tiles, slot, slots,
             rows, query_tokens, kv_heads,
-            **limits, LIMITED=last is not None, TILE=launch.tile, RB=row_block,
+            **limits, LIMITED=last is not None, TILE=launch.tile, RB=row_block, num_stages=launch.stages,
             **launch.keys.constants("K", row_block), **launch.values.constants("V", row_block),
         )  # fmt: skip
         slot += launch.splits
@@ -152,20 +152,25 @@ class _Side:
         strides = (*page.codes.stride()[:2], *page.scale.stride()[:2])
         return page.codes, page.scale, page.offset, page.table, *strides
 
+    @property
+    def exact(self) -> bool:
+        """Whether what is multiplied is exact in 16 bits: codes are; entries of a codebook, and products, are not."""
+        return self.page.table is None and self.mode != _GENERAL
+
     def constants(self, prefix: str, row_block: int) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
         scheme, stride = self.page.scheme, self.page.codes.shape[3]
         planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[scheme.nbits]
         row = stride * 2 // 3 if scheme.nbits == 3 else stride
         groups = _power_of_two(self.head_dim // scheme.group_size) if self.mode == _TOKEN else 1
-        exact = self.page.table is None and self.mode != _GENERAL  # codes are exact in 16 bits, entries are not
         # Three terms of a number take four rows, as a power of two is wanted.
-        terms = 4 if exact and row_block * groups * 4 <= _EXPANDED_ROWS else 1
+        terms = 4 if self.exact and row_block * groups * 4 <= _EXPANDED_ROWS else 1
         constants = {
             "BITS": scheme.nbits, "BOOK": self.page.table is not None, "MODE": self.mode,
             "BY_CHANNEL": scheme.axis == "channel", "DIM": self.head_dim, "GROUP": scheme.group_size,
             "STRIDE": stride, "ROW": row, "PAD": max(_power_of_two(row), _FEWEST_ROWS), "PLANES": planes,
-            "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block), "EXACT": exact,
+            "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block),
+            "EXACT": self.exact,
         }  # fmt: skip
         return {f"{prefix}_{name}": value for name, value in constants.items()}
 
@@ -182,6 +187,11 @@ class _Launch:
     tiles: int
     splits: int
 
+    @property
+    def stages(self) -> int:
+        """Tiles loaded at once. Where scales are loaded for each number, more than one fills the shared memory."""
+        return 1 if _GENERAL in (self.keys.mode, self.values.mode) else 3
+
 
 def _launch(segment: Segment, row_block: int, programs: int, tokens: int) -> _Launch:
     """Decide how a segment is read.
@@ -196,6 +206,8 @@ def _launch(segment: Segment, row_block: int, programs: int, tokens: int) -> _La
     sizes = [page.scheme.group_size for page in pages if page.scheme.axis == "channel"]
     # A tile of 64 tokens keeps every warp busy; groups of 32 (KIVI's) are worth tiles of 32.
     tile = 64 if any(size % 64 == 0 for size in sizes) or not any(size % 32 == 0 for size in sizes) else 32
+    if max(_head_dim(page) for page in pages) > 128 and not all(page.table is None for page in pages):
+        tile = 32  # float32 operands of wide heads would not fit the registers
     # Tiles begin where groups of the first channel side do. Pages of both sides begin at whole blocks, so groups of the
     # other do too; if ever not, that side is read number by number.
     aligned = [start for page, start in zip(pages, starts, strict=True) if page.scheme.axis == "channel"]

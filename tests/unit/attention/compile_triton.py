@@ -30,7 +30,7 @@ SHARED_MEMORY = 99 * 1024
 #: ``(format, axes, bits, group size, head dims, ratio, query tokens, mask)``
 CASES = [
     ("affine", ("channel", "token"), (4, 4), 64, (128, 128), 4, 1, None),
-    ("affine", ("token", "channel"), (3, 8), 32, (80, 96), 1, 1, torch.bool),
+    ("affine", ("token", "channel"), (3, 8), 16, (80, 96), 1, 1, torch.bool),
     ("affine", ("channel", "token"), (1, 2), 8, (64, 256), 8, 16, torch.bfloat16),
     ("codebook", ("channel", "token"), (4, 3), 64, (256, 256), 4, 5, None),
     ("codebook", ("token", "channel"), (2, 8), 16, (112, 32), 4, 2, torch.float32),
@@ -50,13 +50,15 @@ class Compiled:
     def launch(self, *args, num_warps=4, num_stages=3, **constants):
         named = {**dict(zip(self.kernel.arg_names, args, strict=False)), **constants}
         types, compiled_for, hints = {}, {}, {}
-        for at, (name, value) in enumerate(named.items()):
+        for at, (parameter, (name, value)) in enumerate(zip(self.kernel.params, named.items(), strict=True)):
             if isinstance(value, torch.Tensor):
                 types[name], hints[(at,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
             elif value is None or name in constants:
                 types[name], compiled_for[name] = "constexpr", value
             else:
                 types[name] = "i32"
+                if value % 16 == 0 and not parameter.do_not_specialize:  # what triton asks of integers at a launch
+                    hints[(at,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, types, compiled_for, hints)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         made = triton.compile(source, target=self.target, options=options)
