@@ -188,7 +188,13 @@ def _repeated(rows, times: tl.constexpr):
     return tl.reshape(tl.broadcast_to(rows[None, :], [times, rows.shape[0]]), [times * rows.shape[0]])
 
 
-@triton.jit(do_not_specialize=["first", "tokens", "front", "k_start", "v_start", "blocks", "slot", "slots"])
+# What changes from one step to the next, or with the page, would be compiled for again if it were specialised for.
+@triton.jit(
+    do_not_specialize=[
+        *("mask", "mask_batch", "mask_head", "mask_group", "mask_query", "first", "tokens", "front"),
+        *("k_start", "v_start", "blocks", "slot", "slots"),
+    ]
+)
 def attend_split(
     query, mask, last, highest, total, mixed,
     k_codes, k_scales, k_offsets, k_table, k_code_batch, k_code_head, k_scale_batch, k_scale_head, k_start,
@@ -269,7 +275,7 @@ def attend_split(
         expanded = tl.zeros([K_EXPAND * RB, TILE], tl.float32)
         bias = tl.zeros([RB], tl.float32)
         for plane in tl.static_range(K_PLANES):
-            q, s, o = q_planes[plane], None, None
+            q, s, o = q_planes[plane], 1.0, 0.0
             if K_MODE != TOKEN:
                 channel, inside = _channels(plane, K_DIM, K_ROW, K_PAD)
                 s, o = _plane_scales(
@@ -334,7 +340,7 @@ def attend_split(
         kept_rows = _repeated(kept, V_EXPAND)
         added = ()
         for plane in tl.static_range(V_PLANES):
-            acc, s, o = accs[plane] * kept_rows[:, None], None, None
+            acc, s, o = accs[plane] * kept_rows[:, None], 1.0, 0.0
             if V_MODE != TOKEN:
                 channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
                 s, o = _plane_scales(

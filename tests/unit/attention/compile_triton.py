@@ -52,7 +52,9 @@ class Compiled:
         types, compiled_for, hints = {}, {}, {}
         for at, (parameter, (name, value)) in enumerate(zip(self.kernel.params, named.items(), strict=True)):
             if isinstance(value, torch.Tensor):
-                types[name], hints[(at,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+                types[name] = TYPES[value.dtype]
+                if not parameter.do_not_specialize:
+                    hints[(at,)] = [["tt.divisibility", 16]]
             elif value is None or name in constants:
                 types[name], compiled_for[name] = "constexpr", value
             else:
