@@ -72,6 +72,11 @@ def why_not(query: Tensor, keys: Body, values: Body) -> str:
 
 def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
     """Attend over the quantised tokens of a layer; arguments and result are those of `parts.Kernel`."""
+    with torch.cuda.device_of(query):  # triton launches on the current device, whichever the tensors are on
+        return _attend(query, keys, values, mask, last)
+
+
+def _attend(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
     from kvquant.attention import triton_device
 
     query = query.contiguous()
