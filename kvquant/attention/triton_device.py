@@ -31,10 +31,8 @@ import triton.language as tl
 #: The interpreter multiplies the bits of bfloat16 as if they were integers: there its numbers go through as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
-#: Where the scales of a side go, see `triton_kernels`.
-CHANNEL = tl.constexpr(0)  # one row of scales holds for all tokens of a tile
-TOKEN = tl.constexpr(1)  # scales of every token, for a few groups of channels
-GENERAL = tl.constexpr(2)  # a scale for each number
+#: Where the scales of a side go: to all tokens of a tile, to each token, to each number; see `triton_kernels`.
+CHANNEL, TOKEN, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -45,9 +43,7 @@ def _channels(plane: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, pa
 
 
 @triton.jit
-def _bytes(
-    codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr
-):  # fmt: skip
+def _bytes(codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
     """Load packed rows, each byte once: the bytes of the planes, and of the plane of high bits for 3 bits.
 
     Args:
@@ -127,12 +123,11 @@ def _plane_scales(
     """Return scales and offsets of a plane: ``[1, padded]`` (`CHANNEL`) or ``[tokens, padded]`` (`GENERAL`)."""
     if mode == CHANNEL:
         at, read = tl.max(token // group_size, 0) * head_dim + channel[None, :], inside[None, :]
+    elif by_channel:
+        at, read = (token // group_size)[:, None] * head_dim + channel[None, :], valid[:, None] & inside[None, :]
     else:
+        at = token[:, None] * (head_dim // group_size) + (channel // group_size)[None, :]
         read = valid[:, None] & inside[None, :]
-        if by_channel:
-            at = (token // group_size)[:, None] * head_dim + channel[None, :]
-        else:
-            at = token[:, None] * (head_dim // group_size) + (channel // group_size)[None, :]
     return _folded(scales, offsets, at, read, nbits, codebook, mode)
 
 
@@ -190,10 +185,8 @@ def _repeated(rows, times: tl.constexpr):
 
 # What changes from one step to the next, or with the page, would be compiled for again if it were specialised for.
 @triton.jit(
-    do_not_specialize=[
-        *("mask", "mask_batch", "mask_head", "mask_group", "mask_query", "first", "tokens", "front"),
-        *("k_start", "v_start", "blocks", "slot", "slots"),
-    ]
+    do_not_specialize="mask mask_batch mask_head mask_group mask_query first tokens front k_start v_start blocks slot "
+    "slots".split()
 )
 def attend_split(
     query, mask, last, highest, total, mixed,
@@ -366,12 +359,12 @@ def attend_split(
         channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
         sums = tl.reshape(accs[plane], [V_EXPAND, RB, V_PAD])
         if V_MODE == TOKEN:
-            group = channel // V_GROUP
-            sums = tl.where((v_repetition // V_TERMS)[:, None, None] == group[None, None, :], sums, 0.0)
+            own = (v_repetition // V_TERMS)[:, None, None] == (channel // V_GROUP)[None, None, :]
+            sums = tl.where(own, sums, 0.0)
         out = tl.sum(sums, 0)
         if V_MODE == TOKEN:
-            own = v_groups[:, None, None] == (channel // V_GROUP)[None, None, :]
-            out += tl.sum(tl.where(own, from_offsets[:, :, None], 0.0), 0)
+            from_group = v_groups[:, None, None] == (channel // V_GROUP)[None, None, :]
+            out += tl.sum(tl.where(from_group, from_offsets[:, :, None], 0.0), 0)
         tl.store(mixed + at[:, None] * V_DIM + channel[None, :], out, mask=row_ok[:, None] & inside[None, :])
 
 

@@ -126,7 +126,7 @@ def layouts(draw):
     }
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     layout=layouts(),
     ratio=st.sampled_from([1, 2, 3, 4, 8]),
