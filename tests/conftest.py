@@ -25,6 +25,10 @@ torch.set_num_threads(1)
 # A kernel is compiled for each kind of stream, which takes seconds; tests of kernels ask for them.
 os.environ.setdefault("KVQUANT_ATTENTION", "torch")
 
+# Without a GPU, Triton's kernels are interpreted. Triton asks once, where it is imported, so this comes before that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tests never reach for a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

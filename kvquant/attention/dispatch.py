@@ -66,11 +66,14 @@ def kernel_for(keys: Store, values: Store, query_tokens: int = 1) -> tuple[str, 
         return TORCH, "nothing is quantised"
     if (keys.sink_tokens, len(keys.body)) != (values.sink_tokens, len(values.body)):
         return TORCH, "keys and values are quantised in different places"
+    if keys.body.device != keys.device:
+        return TORCH, f"quantised tokens live on {keys.body.device} and states on {keys.device}"
     if query_tokens > MOST_QUERY_TOKENS:
         return TORCH, f"more than {MOST_QUERY_TOKENS} query tokens at once"
     reasons = []
     for info in KERNELS:
-        if asked not in (AUTO, info.name) or (asked == AUTO and info.device != keys.device.type):
+        fits = info.device == keys.device.type and info.measured if asked == AUTO else asked == info.name
+        if not fits:
             continue
         reason = _why_not(info, keys.body, values.body)
         if not reason:

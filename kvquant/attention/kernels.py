@@ -22,12 +22,14 @@ class KernelInfo:
         module: where it is: a module with `attend_body` and `why_not`.
         device: the torch device type that it is for.
         install: what brings the library.
+        measured: whether it has run, and been timed, on the device that it is for; ``auto`` takes no other.
     """
 
     name: str
     module: str
     device: str
     install: str = "pip install 'kvquant[fused]'"
+    measured: bool = True
 
     @property
     def installed(self) -> bool:
@@ -35,7 +37,10 @@ class KernelInfo:
         return find_spec(self.name) is not None
 
 
-KERNELS = (KernelInfo("numba", "kvquant.attention.numba_kernels", "cpu"),)
+KERNELS = (
+    KernelInfo("numba", "kvquant.attention.numba_kernels", "cpu"),
+    KernelInfo("triton", "kvquant.attention.triton_kernels", "cuda", measured=False),
+)
 
 
 def asked_for() -> str:
@@ -60,6 +65,6 @@ def describe(device: str = "cpu") -> str:
     if asked != AUTO:
         return f"{asked} ({VARIABLE})"
     for kernel in KERNELS:
-        if kernel.device == device:
+        if kernel.device == device and kernel.measured:
             return kernel.name if kernel.installed else f"{TORCH}; faster with {kernel.name}: {kernel.install}"
     return TORCH
