@@ -30,7 +30,7 @@ demo: $(VENV)/.run     ## Generate text with a quantised cache, beside the full-
 	$(BIN)/kvquant demo $(ARGS)
 
 test: $(VENV)/.dev     ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev     ## Check style and format
 	$(BIN)/ruff check .

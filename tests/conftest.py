@@ -55,7 +55,7 @@ def backend() -> Iterator[Callable[..., str]]:
         kvquant.unregister(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def formats() -> Iterator[dict[str, str]]:
     """Names of three backends, one for each format: ``{"affine": ..., "codebook": ..., "opaque": ...}``."""
     for kind, factory in FORMATS.items():

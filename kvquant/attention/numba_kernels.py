@@ -84,14 +84,15 @@ def _sources() -> int:
 
 
 @cache
-def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:
+def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # noqa: C901 # one loop, compiled whole
     """Compile the kernel for these streams and `rows` query rows at once, or load it from disk."""
     k_width, k_bits, k_per, k_entries = key.width, key.nbits, key.group, key.entries
     v_width, v_bits, v_per, v_entries = value.width, value.nbits, value.group, value.entries
     k_groups = 1 if key.channel else k_width // k_per
     v_groups = 1 if value.channel else v_width // v_per
-    score = score_by_channel if key.channel else score_by_token
-    mix = mix_by_channel if value.channel else mix_by_token
+    # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
+    # and a compiled function is another one in every process. Branches that flags rule out are not compiled.
+    k_channel, v_channel = key.channel, value.channel
     block, groups = _BLOCK, max(k_groups, v_groups)
     scales = max(k_width, v_width, block * groups)
     k_span, v_span = k_width // k_groups, v_width // v_groups
@@ -145,9 +146,47 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:
                     for start in range(max(begin, shares[share, 3]), min(end, shares[share, 4]), block):
                         count = min(block, min(end, shares[share, 4]) - start)
                         k_at, v_at = keys[FIRST] + start - begin, values[FIRST] + start - begin
-                        score(work, keys, own, batch, head, k_at, count, k_width, k_bits, k_per, rows, k_entries, block)
+                        if k_channel:
+                            score_by_channel(
+                                work,
+                                keys,
+                                own,
+                                batch,
+                                head,
+                                k_at,
+                                count,
+                                k_width,
+                                k_bits,
+                                k_per,
+                                rows,
+                                k_entries,
+                                block,
+                            )
+                        else:
+                            score_by_token(
+                                work,
+                                keys,
+                                own,
+                                batch,
+                                head,
+                                k_at,
+                                count,
+                                k_width,
+                                k_bits,
+                                k_per,
+                                rows,
+                                k_entries,
+                                block,
+                            )
                         weigh(work, mask, batch, head, first_row, start, count, v_width, v_groups, rows)
-                        mix(work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block)
+                        if v_channel:
+                            mix_by_channel(
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block
+                            )
+                        else:
+                            mix_by_token(
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block
+                            )
                 for r in range(rows):
                     highest[batch, head, slot, first_row + r] = work.highest[r]
                     total[batch, head, slot, first_row + r] = work.total[r]

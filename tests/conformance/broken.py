@@ -112,6 +112,7 @@ SEARCH: dict[str, Any] = {"options": {"search": "how to look"}}
 #: Checks that compare results bit by bit: no wonder if several of them see one bug.
 ROWS_TOGETHER = ("groups", "heads", "split", "many-rows", "cache")
 CALLS = ("deterministic", "split", "many-rows", "stateless", "unshared", "modes", "threads", "cache")
+DITHER = ("opaque-reading", "cache", "attention")
 BUFFER = ("threads", "unshared", "cache", "modes")
 EVERY = (*CALLS, "groups", "heads", "input")
 HARD_ROWS = ("constant", "zeros", "tiny", "huge", "half-precision")
@@ -162,8 +163,15 @@ BUGS = (
     Bug(ReadsFromItself, "opaque-reading", "raised AttributeError", (*CALLS, *ROWS_TOGETHER), OPAQUE),
     Bug(MetaWithTypes, "opaque-reading", "not JSON serializable", ("bits",), OPAQUE),
     Bug(KeepsTheCall, "bits", "is a view that keeps", (), OPAQUE),
-    Bug(DitheredReading, "opaque-reading", "reading twice gives different numbers", (*EVERY, "surroundings"), OPAQUE),
-    Bug(DitheredReading, "cache", "changed the states", ("opaque-reading",), {**OPAQUE, "deterministic": False}),
+    Bug(
+        DitheredReading,
+        "opaque-reading",
+        "reading twice gives different numbers",
+        (*EVERY, "surroundings", "attention"),
+        OPAQUE,
+    ),
+    Bug(DitheredReading, "cache", "changed the states", DITHER, {**OPAQUE, "deterministic": False}),
+    Bug(DitheredReading, "attention", "attention is off by", DITHER, {**OPAQUE, "deterministic": False}),
     Bug(Learned, "modes", "asks for gradients"),
     Bug(Scratch, "threads", "with several threads at once", ("modes",)),
     Bug(SharedTable, "unshared", "after another was used: table", ("input",), {**CODEBOOK, **WIDTHS}),

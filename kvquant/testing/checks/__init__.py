@@ -37,4 +37,5 @@ CHECKS: tuple[Check, ...] = (
     independence.modes,
     independence.threads,
     use.cache,
+    use.attention,
 )

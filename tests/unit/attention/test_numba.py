@@ -8,6 +8,9 @@ Each case below costs a compilation, so what shapes the loops is covered by chos
 head size among them, and what varies at run time is tried on all of them.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import product
 
@@ -290,6 +293,28 @@ def test_what_attends_is_reported(monkeypatch):
     monkeypatch.setenv(VARIABLE, "numba")
     with pytest.raises(MissingExtraError, match="pip install 'kvquant\\[fused\\]'"):
         asked_for()
+
+
+def test_a_kernel_is_compiled_once_and_found_on_disk(tmp_path):
+    """Another process finds what the first one compiled, and compiles nothing."""
+    script = """
+import torch
+from kvquant import QuantizedCache
+cache, states = QuantizedCache("reference", nbits=4, group_size=32, residual_length=0), torch.randn(1, 2, 70, 32)
+cache.update(states, states, 0)
+keys, values = cache.update(states[:, :, :1], states[:, :, :1], 0)
+torch.nn.functional.scaled_dot_product_attention(states[:, :, :1], keys, values)
+print(cache.memory_report().attention)
+"""
+    variables = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        assert done.stdout == "numba\n"
+        found.append({file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nbc")})
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
 
 
 def test_generation_decodes_with_the_kernel():

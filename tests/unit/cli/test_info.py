@@ -21,6 +21,7 @@ good, A plugin as it should be:
   devices        cpu, cuda
   dtypes         float32, float16, bfloat16
   formats        affine
+  attention      torch (KVQUANT_ATTENTION) on the CPU; torch elsewhere
   deterministic  no
   options        rounds: how often to look again
 """
