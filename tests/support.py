@@ -1,8 +1,9 @@
-"""Quantizers that tests register as backends of their own."""
+"""Quantizers that tests register as backends of their own, and the attention that all others are compared with."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
@@ -74,3 +75,31 @@ def unpacked_nibbles(packed: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "opaque": OpaqueMinMax}
+
+
+def exact_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention in float64, by its definition; arguments are those of `kvquant.attention.tiles.attend`."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (states.double().repeat_interleave(groups, dim=1) for states in (keys, values))
+    scores = query.double() @ keys.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        tokens = torch.arange(scores.shape[3])
+        scores = scores.masked_fill(tokens > torch.arange(scores.shape[2])[:, None], -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    if sinks is not None:
+        sink = sinks.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores, values = torch.cat([scores, sink], 3), torch.nn.functional.pad(values, (0, 0, 0, 1))
+    return scores.softmax(3).nan_to_num() @ values  # NaN where all is hidden: there attention gives zeros

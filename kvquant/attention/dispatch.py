@@ -17,8 +17,9 @@ from kvquant.engine.body import Body
 from kvquant.engine.store import Store
 from kvquant.registry.guard import describe
 
-#: Query tokens up to which a kernel is used; from there on matrix products over tiles are faster.
-MOST_QUERY_TOKENS = 16
+#: Query tokens up to which a kernel is used, and rows of a key/value head (query tokens times the heads that share
+#: it, however a model lays them out); from there on matrix products over tiles are faster.
+MOST_QUERY_TOKENS, MOST_ROWS = 16, 128
 
 #: Kernels that failed in this process, and how.
 _failed: dict[str, str] = {}
@@ -28,16 +29,14 @@ class KernelError(RuntimeError):
     """A kernel raised; what it raised is the `__cause__`. It never leaves this module."""
 
 
-def attend(
-    query: Tensor, keys: Store, values: Store, mask: Tensor | None, *, is_causal: bool, scale: float | None
-) -> Tensor:
+def attend(query: Tensor, keys: Store, values: Store, mask: Tensor | None, **options: Any) -> Tensor:
     """Attend over packed stores; arguments and result are those of `tiles.attend`."""
     counters.fused += 1
     name, kernel = _chosen(query, keys, values)
     if kernel is not None:
         guarded = _Guarded(kernel)
         try:
-            out = tiles.attend(query, keys, values, mask, is_causal=is_causal, scale=scale, kernel=guarded)
+            out = tiles.attend(query, keys, values, mask, **options, kernel=guarded)
         except KernelError as failure:
             _failed[name] = str(failure)
             warnings.warn(
@@ -50,11 +49,16 @@ def attend(
             counters.kernels[name] += 1
             return out
     counters.kernels[TORCH] += 1
-    return tiles.attend(query, keys, values, mask, is_causal=is_causal, scale=scale)
+    return tiles.attend(query, keys, values, mask, **options)
 
 
-def kernel_for(keys: Store, values: Store, query_tokens: int = 1) -> tuple[str, str]:
+def kernel_for(keys: Store, values: Store, query_tokens: int = 1, groups: int = 1) -> tuple[str, str]:
     """Return the name of what attends over these stores, and why it is not a kernel where it is ``"torch"``.
+
+    Args:
+        keys, values: the stores.
+        query_tokens: query tokens at once.
+        groups: query heads of a key/value head.
 
     Raises:
         OptionValueError, MissingExtraError: the environment asks for a kernel that is not there.
@@ -68,7 +72,7 @@ def kernel_for(keys: Store, values: Store, query_tokens: int = 1) -> tuple[str, 
         return TORCH, "keys and values are quantised in different places"
     if keys.body.device != keys.device:
         return TORCH, f"quantised tokens live on {keys.body.device} and states on {keys.device}"
-    if query_tokens > MOST_QUERY_TOKENS:
+    if query_tokens > MOST_QUERY_TOKENS and query_tokens * groups > MOST_ROWS:
         return TORCH, f"more than {MOST_QUERY_TOKENS} query tokens at once"
     reasons = []
     for info in KERNELS:
@@ -83,7 +87,7 @@ def kernel_for(keys: Store, values: Store, query_tokens: int = 1) -> tuple[str, 
 
 
 def _chosen(query: Tensor, keys: Store, values: Store) -> tuple[str, Any]:
-    name, _ = kernel_for(keys, values, query.shape[2])
+    name, _ = kernel_for(keys, values, query.shape[2], query.shape[1] // keys.kv_heads)
     return name, None if name == TORCH else _module(name).attend_body
 
 
@@ -108,9 +112,17 @@ class _Guarded:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
 
-    def __call__(self, query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Body,
+        values: Body,
+        mask: Tensor | None,
+        last: Tensor | None,
+        softcap: float | None = None,
+    ) -> Part:
         try:
-            part: Part = self._kernel(query, keys, values, mask, last)
+            part: Part = self._kernel(query, keys, values, mask, last, softcap)
         except Exception as cause:
             raise KernelError(describe(cause)) from cause
         return part

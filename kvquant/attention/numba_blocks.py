@@ -222,9 +222,25 @@ def exponentials(x: Any, count: Any, bits: Any, powers: Any) -> None:
 
 
 @njit(nogil=True, fastmath=True, inline="always")
+def soften(scores: Any, count: Any, cap: Any, falling: Any, bits: Any, powers: Any) -> None:
+    """Replace scores x by ``cap * tanh(x / cap)``; with ``e = exp(-2 |x| / cap)`` it is ``cap * (1 - e) / (1 + e)``.
+
+    Near zero ``1 - e`` is exact to the rounding of 1, which is that of a score of the size of `cap`.
+    """
+    twice = np.float32(-2) / cap
+    for t in range(count):
+        falling[t] = max(abs(scores[t]) * twice, LOWEST)
+    exponentials(falling, count, bits, powers)
+    for t in range(count):
+        size = cap * (np.float32(1) - falling[t]) / (np.float32(1) + falling[t])
+        scores[t] = size if scores[t] > 0 else -size
+
+
+@njit(nogil=True, fastmath=True, inline="always")
 def weigh(
     work: Any,
     mask: Any,
+    cap: Any,
     batch: Any,
     head: Any,
     first_row: Any,
@@ -234,9 +250,14 @@ def weigh(
     groups: Any,
     rows: Any,
 ) -> None:
-    """Turn scores into weights relative to the highest score so far, and what was summed before with them."""
+    """Turn scores into weights relative to the highest score so far, and what was summed before with them.
+
+    Scores are soft-capped first unless `cap` is 0, then masked.
+    """
     for r in range(rows):
         scores = work.scores[r]
+        if cap != 0:
+            soften(scores, count, cap, work.products[0, r], work.bits, work.powers)
         if mask[0] != 0:
             add_mask(scores, mask, batch, head, first_row + r, start, count)
         if mask[6] != 0:

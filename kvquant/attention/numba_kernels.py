@@ -99,13 +99,14 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
     made_from = _sources()
 
     @njit(nogil=True, cache=True, fastmath=True)
-    def kernel(query: Any, pages: Any, mask: Any, shares: Any, highest: Any, total: Any, mixed: Any) -> None:
+    def kernel(query: Any, pages: Any, mask: Any, cap: Any, shares: Any, highest: Any, total: Any, mixed: Any) -> None:
         """Attend for some shares of the work.
 
         Args:
             query: ``[batch, kv_heads, tiles * rows, width]``.
             pages: int64 ``[segments, 2 (keys, values), fields]``; the first two are followed by start and stop.
             mask: int64, see `numba_blocks.MASK`.
+            cap: what scores are soft-capped at, float32; 0 for no cap.
             shares: int64 ``[shares, (batch, head, slot, first token, last token)]``.
             highest, total, mixed: ``[batch, kv_heads, slots, tiles * rows(, width)]``, written.
         """
@@ -178,7 +179,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
                                 k_entries,
                                 block,
                             )
-                        weigh(work, mask, batch, head, first_row, start, count, v_width, v_groups, rows)
+                        weigh(work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows)
                         if v_channel:
                             mix_by_channel(
                                 work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block
@@ -212,7 +213,9 @@ def why_not(keys: Body, values: Body) -> str:
     return ""
 
 
-def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+def attend_body(
+    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None = None
+) -> Part:
     """Attend over bodies for which `why_not` has no reason; see `parts.Kernel`."""
     batch, heads, queries, _ = query.shape
     found = list(segments(keys, values))
@@ -238,10 +241,10 @@ def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, la
     tables: list[Tensor] = []
     pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
     described, masks = _described_mask(mask, last, len(keys))
-    kernel = _kernel(key, value, rows)
+    kernel, cap = _kernel(key, value, rows), np.float32(softcap or 0)
 
     def attend(part: Any) -> None:
-        kernel(asked.numpy(), pages, described, part, highest.numpy(), total.numpy(), mixed.numpy())
+        kernel(asked.numpy(), pages, described, cap, part, highest.numpy(), total.numpy(), mixed.numpy())
 
     if threads == 1:
         attend(shares)

@@ -36,7 +36,15 @@ class Part:
 class Kernel(Protocol):
     """Attends over the quantised tokens of a layer without writing them to memory dequantised."""
 
-    def __call__(self, query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Body,
+        values: Body,
+        mask: Tensor | None,
+        last: Tensor | None,
+        softcap: float | None = None,
+    ) -> Part:
         """Attend over `keys` and `values`.
 
         Args:
@@ -45,8 +53,14 @@ class Kernel(Protocol):
             mask: bool or floating, ``[batch or 1, kv_heads or 1, groups or 1, query_tokens or 1, len(keys) or 1]``.
             last: int64 ``[query_tokens, 1]``, the last token of the body that each query token may see, below zero
                 for none; None if all may be seen.
+            softcap: what scores are soft-capped at, before the mask, None for no cap; see `soft_capped`.
         """
         ...  # an interface
+
+
+def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Return ``softcap * tanh(scores / softcap)``, or `scores` where there is no cap (Gemma 2, arXiv 2408.00118)."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +114,17 @@ class Running:
         self._highest = torch.full((*shape, 1), -torch.inf, dtype=dtype, device=device)
         self._total = torch.zeros_like(self._highest)
         self._mixed = torch.zeros((*shape, value_head_dim), dtype=dtype, device=device)
+
+    def add_sinks(self, scores: Tensor) -> None:
+        """Add attention sinks: scores that take their share of the softmax and bring no value.
+
+        They come first. (Xiao et al., arXiv 2309.17453; learned ones as in gpt-oss, arXiv 2508.10925.)
+
+        Args:
+            scores: ``[batch or 1, kv_heads, groups, 1, 1]``.
+        """
+        self._highest = self._highest.maximum(scores.to(self._highest.dtype))
+        self._total = self._total + 1
 
     def add(self, scores: Tensor, values: Tensor) -> None:
         """Add tokens with these scores.

@@ -151,15 +151,10 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Do what `torch.nn.functional.scaled_dot_product_attention` does."""
-    if isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates) and type(query) is Tensor:
-        key._check_fresh()
-        value._check_fresh()
-        kind = query.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if _can_attend(query, key, value, attn_mask, dropout_p, gqa=enable_gqa, cast=dtype is not None):
-            with torch.autocast(kind, enabled=False):
-                out = dispatch.attend(query, key.store, value.store, attn_mask, is_causal=is_causal, scale=scale)
-            return out if dtype is None else out.to(dtype)
+    if not dropout_p:
+        out = attend_packed(query, key, value, attn_mask, gqa=enable_gqa, is_causal=is_causal, scale=scale)
+        if out is not None:
+            return out
     return functional.scaled_dot_product_attention(
         _dense(query),
         _dense(key),
@@ -172,18 +167,43 @@ def _attention(
     )
 
 
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, gqa: bool, **options: Any
+) -> Tensor | None:
+    """Attend over the stores behind quantised states, or return None where that is not what torch would do.
+
+    Args:
+        query, key, value, mask: as for `torch.nn.functional.scaled_dot_product_attention`.
+        gqa: whether query heads may share key/value heads.
+        options: of `tiles.attend`.
+
+    Raises:
+        StaleStatesError: the store has changed since the states were made.
+    """
+    if not (isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates) and type(query) is Tensor):
+        return None
+    key._check_fresh()
+    value._check_fresh()
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not _can_attend(query, key, value, mask, gqa=gqa, cast=dtype is not None):
+        return None
+    with torch.autocast(kind, enabled=False):
+        out = dispatch.attend(query, key.store, value.store, mask, **options)
+    return out if dtype is None else out.to(dtype)
+
+
 def _can_attend(
     query: Tensor,
     key: QuantizedStates,
     value: QuantizedStates,
     mask: Tensor | None,
-    dropout: float,
     *,
     gqa: bool,
     cast: bool,
 ) -> bool:
     """Whether attention over the stores does what torch would do for these arguments."""
-    if dropout or query.dim() != 4 or (torch.is_grad_enabled() and query.requires_grad):
+    if query.dim() != 4 or (torch.is_grad_enabled() and query.requires_grad):
         return False
     if key.unfolded or value.unfolded or len(key.store) != len(value.store):
         return False

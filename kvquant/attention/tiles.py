@@ -6,10 +6,14 @@ softmax, Milakov and Gimelshein, arXiv 1805.02867; the same merge as in flash at
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from kvquant.attention.parts import Kernel, Running
+from kvquant.attention.parts import Kernel, Running, soft_capped
 from kvquant.engine.store import Store
 
 #: Numbers that a tile's keys and values, or its scores, may have: 4 MiB in float32.
@@ -19,14 +23,55 @@ QUERY_TOKENS = 128
 _FEWEST_TOKENS = 32
 
 
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """States ``[batch, kv_heads, tokens, head_dim]`` that are read as they are, in place of a store."""
+
+    states: Tensor
+    sink_tokens: ClassVar[int] = 0
+    body: ClassVar[tuple[()]] = ()
+
+    @property
+    def batch(self) -> int:
+        """Batch rows."""
+        return self.states.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.states.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.states.shape[3]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the tiles."""
+        return self.states.dtype
+
+    def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of at most `tile_tokens` tokens at a time."""
+        tokens = self.states.shape[2]
+        for start in range(0, tokens, tile_tokens):
+            yield start, min(start + tile_tokens, tokens)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Return tokens `start` to `stop`."""
+        return self.states[:, :, start:stop]
+
+
 def attend(
     query: Tensor,
-    keys: Store,
-    values: Store,
+    keys: Store | Exact,
+    values: Store | Exact,
     mask: Tensor | None,
     *,
     is_causal: bool,
     scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> Tensor:
     """Return ``softmax(query @ keys^T * scale + mask) @ values`` without ever holding keys or values whole.
@@ -34,12 +79,14 @@ def attend(
     Args:
         query: ``[batch, query_heads, query_tokens, head_dim]``; query head ``h`` reads key/value head
             ``h // (query_heads / kv_heads)``.
-        keys, values: stores of the same length; their head dims may differ.
+        keys, values: stores, or exact states, of the same length; their head dims may differ.
         mask: broadcastable to ``[batch, query_heads, query_tokens, tokens]``; bool (True: attend) or additive.
         is_causal: query token ``i`` sees tokens 0 to ``i``, as `torch.nn.functional.scaled_dot_product_attention`
             means it.
         scale: factor on the scores; None takes ``head_dim ** -0.5``.
-        kernel: what attends over the body, in place of tiles; sink and window are always done here.
+        softcap: what scores are soft-capped at before the mask is added, see `parts.soft_capped`.
+        sinks: scores ``[query_heads]`` of a token more, which every query sees and which has a value of zero.
+        kernel: what attends over the bodies of stores, in place of tiles; sink and window are always done here.
 
     Returns:
         ``[batch, query_heads, query_tokens, value_head_dim]`` in the dtype of `query`. A query that may see nothing
@@ -50,17 +97,21 @@ def attend(
         last = min(first + QUERY_TOKENS, query.shape[2])
         rows = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
         seen = torch.arange(first, last, device=query.device)[:, None] if is_causal else None
-        out[:, :, first:last] = _attend(query[:, :, first:last], keys, values, rows, seen, scale, kernel)
+        out[:, :, first:last] = _attend(
+            query[:, :, first:last], keys, values, rows, seen, scale, softcap, sinks, kernel
+        )
     return out
 
 
 def _attend(
     query: Tensor,
-    keys: Store,
-    values: Store,
+    keys: Store | Exact,
+    values: Store | Exact,
     mask: Tensor | None,
     seen: Tensor | None,
     scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
     kernel: Kernel | None,
 ) -> Tensor:
     """Attend for a few query tokens; `seen` ``[query_tokens, 1]`` is the last token that each may see, if causal."""
@@ -75,13 +126,18 @@ def _attend(
 
     body = range(keys.sink_tokens, keys.sink_tokens + len(keys.body))
     running = Running(shape, values.head_dim, exact, query.device)
-    if kernel is not None and body:
+    if sinks is not None:
+        running.add_sinks(sinks.reshape(1, keys.kv_heads, groups, 1, 1))
+    if kernel is not None and isinstance(keys, Store) and isinstance(values, Store) and body:
         part = None if masked is None else _tokens_of(masked, body.start, body.stop)
-        running.merge(kernel(folded, keys.body, values.body, part, None if seen is None else seen - body.start))
+        running.merge(
+            kernel(folded, keys.body, values.body, part, None if seen is None else seen - body.start, softcap)
+        )
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * query_tokens)):
         if kernel is not None and start in body:
             continue
         scores = (folded @ keys.tile(start, stop).to(exact).transpose(-1, -2)).reshape(*shape, stop - start)
+        scores = soft_capped(scores, softcap)
         if masked is not None:
             scores = apply_mask(scores, _tokens_of(masked, start, stop))
         if seen is not None:
@@ -90,7 +146,7 @@ def _attend(
     return running.result().reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)
 
 
-def tile_tokens(keys: Store, values: Store, queries: int) -> int:
+def tile_tokens(keys: Store | Exact, values: Store | Exact, queries: int) -> int:
     """Return how many tokens a tile may have.
 
     Args:

@@ -178,6 +178,14 @@ def _dot(rows, numbers, total, term, stacked: tl.constexpr, exact: tl.constexpr)
 
 
 @triton.jit
+def _soft_capped(scores, cap):
+    """Return ``cap * tanh(scores / cap)``."""
+    falling = tl.exp(-2.0 / cap * tl.abs(scores))
+    size = cap * (1 - falling) / (1 + falling)
+    return tl.where(scores < 0, -size, size)
+
+
+@triton.jit
 def _repeated(rows, times: tl.constexpr):
     """Return ``[times * rows]`` of ``[rows]``."""
     return tl.reshape(tl.broadcast_to(rows[None, :], [times, rows.shape[0]]), [times * rows.shape[0]])
@@ -185,16 +193,17 @@ def _repeated(rows, times: tl.constexpr):
 
 # What changes from one step to the next, or with the page, would be compiled for again if it were specialised for.
 @triton.jit(
-    do_not_specialize="mask mask_batch mask_head mask_group mask_query first tokens front k_start v_start blocks slot "
-    "slots".split()
+    do_not_specialize="mask softcap mask_batch mask_head mask_group mask_query first tokens front k_start v_start "
+    "blocks slot slots".split()
 )
 def attend_split(
-    query, mask, last, highest, total, mixed,
+    query, mask, last, softcap, highest, total, mixed,
     k_codes, k_scales, k_offsets, k_table, k_code_batch, k_code_head, k_scale_batch, k_scale_head, k_start,
     v_codes, v_scales, v_offsets, v_table, v_code_batch, v_code_head, v_scale_batch, v_scale_head, v_start,
     mask_batch, mask_head, mask_group, mask_query, mask_token,
     first, tokens, front, blocks, slot, slots, rows, query_tokens, kv_heads,
-    MASKED: tl.constexpr, BOOLEAN: tl.constexpr, LIMITED: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, BOOLEAN: tl.constexpr, LIMITED: tl.constexpr,
+    TILE: tl.constexpr, RB: tl.constexpr,
     K_BITS: tl.constexpr, K_BOOK: tl.constexpr, K_MODE: tl.constexpr, K_BY_CHANNEL: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_STRIDE: tl.constexpr, K_ROW: tl.constexpr, K_PAD: tl.constexpr,
     K_PLANES: tl.constexpr, K_TERMS: tl.constexpr, K_GROUPS: tl.constexpr, K_EXPAND: tl.constexpr,
@@ -293,6 +302,9 @@ def attend_split(
             scores += tl.sum(q_sum[:, :, None] * o, 0)
         if K_MODE == CHANNEL:
             scores += bias[:, None]
+
+        if CAPPED:
+            scores = _soft_capped(scores, softcap)
 
         shown = row_ok[:, None] & valid[None, :]
         if LIMITED:

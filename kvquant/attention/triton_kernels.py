@@ -70,13 +70,17 @@ def why_not(keys: Body, values: Body) -> str:
     return ""
 
 
-def attend_body(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+def attend_body(
+    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None = None
+) -> Part:
     """Attend over the quantised tokens of a layer; arguments and result are those of `parts.Kernel`."""
     with torch.cuda.device_of(query):  # triton launches on the current device, whichever the tensors are on
-        return _attend(query, keys, values, mask, last)
+        return _attend(query, keys, values, mask, last, softcap)
 
 
-def _attend(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None) -> Part:
+def _attend(
+    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None
+) -> Part:
     from kvquant.attention import triton_device
 
     query = query.contiguous()
@@ -89,14 +93,18 @@ def _attend(query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: 
     value_dim = launches[0].values.head_dim
 
     parts = _empty(query, (batch * kv_heads, slots, rows), value_dim)
-    limits = {"MASKED": mask is not None, "BOOLEAN": mask is not None and mask.dtype == torch.bool}
+    limits = {
+        "CAPPED": softcap is not None,
+        "MASKED": mask is not None,
+        "BOOLEAN": mask is not None and mask.dtype == torch.bool,
+    }
     shown, strides = _mask_arguments(mask)
     query_tokens = _query_tokens(rows, mask, last)
     slot = 0
     for launch in launches:
         segment = launch.segment
         triton_device.attend_split[(launch.splits, batch * kv_heads, row_blocks)](
-            query, shown, last, *parts,
+            query, shown, last, softcap or 0.0, *parts,
             *launch.keys.arguments, segment.key_start, *launch.values.arguments, segment.value_start, *strides,
             segment.start, segment.stop - segment.start, launch.front, launch.tiles, slot, slots,
             rows, query_tokens, kv_heads,

@@ -27,6 +27,7 @@ from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.packing import WIDTHS, pack, unpack
 from kvquant.errors import MissingExtraError, OptionValueError
+from tests.support import exact_attention
 
 numba_kernels = pytest.importorskip("kvquant.attention.numba_kernels", reason="numba is not installed")
 
@@ -89,15 +90,9 @@ def filled(kind, tokens, *, batch=1, heads=2, dtype=torch.float32, scale=1.0, **
     return layer, layer.update(*(part[:, :, -1:] for part in states))
 
 
-def reference(layer, query, mask=None, *, is_causal=False, scale=None):
-    """SDPA in float64 over the dequantised states, heads repeated."""
-    keys, values = (
-        store.tile(0, len(store)).double().repeat_interleave(query.shape[1] // store.kv_heads, dim=1)
-        for store in layer.stores
-    )
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.double()
-    return scaled_dot_product_attention(query.double(), keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
+def reference(layer, query, mask=None, **options):
+    """Attention in float64 over the dequantised states."""
+    return exact_attention(query, *(store.tile(0, len(store)) for store in layer.stores), mask, **options)
 
 
 def check(layer, query, mask=None, **options):
@@ -123,8 +118,11 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
         check(layer, query)
         check(layer, query, scale=0.3)
         check(layer, query, is_causal=True) if queries > 1 else None
+        check(layer, query * 3, softcap=2.0)
+        check(layer, query, sinks=torch.randn(heads * groups))
         padding = torch.rand(batch, 1, 1, tokens) > 0.4
         check(layer, query, padding)
+        check(layer, query * 9, padding, softcap=5.0, sinks=torch.randn(heads * groups))
         check(layer, query, torch.rand(batch, 1, queries, tokens) > 0.4)
         check(layer, query, torch.randn(1, heads * groups, queries, tokens))
         check(layer, query, torch.zeros(batch, 1, queries, tokens).masked_fill(~padding, -torch.inf))
@@ -234,7 +232,9 @@ def test_it_is_not_used_for_what_it_cannot_do(monkeypatch):
     """Opaque formats, float64, many query tokens, nothing quantised yet: plain torch, with the reason."""
     usual, _ = filled(KINDS[0], 300)
     assert dispatch.kernel_for(*usual.stores) == ("numba", "")
-    assert dispatch.kernel_for(*usual.stores, 17) == ("torch", "more than 16 query tokens at once")
+    assert dispatch.kernel_for(*usual.stores, 16, 32) == ("numba", "")
+    assert dispatch.kernel_for(*usual.stores, 71, 1) == ("numba", "")  # heads that transformers lays out as tokens
+    assert dispatch.kernel_for(*usual.stores, 17, 8) == ("torch", "more than 16 query tokens at once")
     opaque, _ = filled(Kind((4, 4), formats="opaque"), 300)
     assert dispatch.kernel_for(*opaque.stores) == ("torch", "numba: the backend's format is opaque")
     wide, _ = filled(KINDS[0], 300, dtype=torch.float64, backend="reference")

@@ -17,7 +17,7 @@ from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine import encode
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS
+from tests.support import FORMATS, exact_attention
 
 pytestmark = pytest.mark.usefixtures("formats")
 
@@ -31,15 +31,6 @@ def filled(tokens, *, batch=1, heads=2, widths=(16, 16), dtype=torch.float32, **
     shapes = [(batch, heads, tokens, width) for width in widths]
     layer.update(*(torch.randn(shape).to(dtype)[:, :, :-1] for shape in shapes))
     return layer, layer.update(*(torch.randn(shape).to(dtype)[:, :, -1:] for shape in shapes))
-
-
-def reference(query, keys, values, mask, is_causal, scale):
-    """SDPA in float64 over plain tensors, heads repeated."""
-    groups = query.shape[1] // keys.shape[1]
-    keys, values = (states.double().repeat_interleave(groups, dim=1) for states in (keys, values))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.double()
-    return scaled_dot_product_attention(query.double(), keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
 
 
 MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
@@ -92,7 +83,7 @@ def test_fused_equals_dequantised(
             patch.setattr(tiles, "TILE_ELEMENTS", 1)
         fused = scaled_dot_product_attention(query, keys, values, mask, 0.0, causal, scale=scale, enable_gqa=groups > 1)
     assert (counters.fused, counters.materialised) == (1, 0)
-    expected = reference(query, layer.keys, layer.values, mask, causal, scale)
+    expected = exact_attention(query, layer.keys, layer.values, mask, is_causal=causal, scale=scale)
     assert fused.dtype == dtype
     assert fused.shape == expected.shape
     seen = mask is None or mask.dtype != torch.bool or mask.any(-1).all()
@@ -108,7 +99,7 @@ def test_long_queries_go_through_in_parts(causal):
     query = torch.randn(1, 4, 300, 16)
     mask = None if causal else torch.rand(1, 4, 300, 300) > 0.3
     fused = scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, enable_gqa=True)
-    expected = reference(query, layer.keys, layer.values, mask, is_causal=causal, scale=None)
+    expected = exact_attention(query, layer.keys, layer.values, mask, is_causal=causal)
     torch.testing.assert_close(fused.double(), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -140,7 +131,7 @@ def test_attention_computes_in_the_dtype_asked_for(dtype, tolerance):
     query = torch.randn(1, 4, 1, 16)
     fused = scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     assert fused.dtype == torch.float32
-    expected = reference(query, layer.keys, layer.values, None, is_causal=False, scale=None)
+    expected = exact_attention(query, layer.keys, layer.values)
     torch.testing.assert_close(fused.double(), expected, rtol=tolerance, atol=tolerance)
 
 

@@ -15,13 +15,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 from kvquant.attention import dispatch, tiles, triton_kernels
 from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS
+from tests.support import FORMATS, exact_attention
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'kvquant[fused]'")
 
@@ -57,15 +56,6 @@ def exact(store):
     return torch.cat([*parts, store.tile(recent, len(store)).double()], dim=2)
 
 
-def reference(query, keys, values, mask, is_causal, scale):
-    """SDPA in float64; a query that may see nothing gets zeros."""
-    groups = query.shape[1] // keys.kv_heads
-    states = [exact(store).repeat_interleave(groups, dim=1) for store in (keys, values)]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.double()
-    return scaled_dot_product_attention(query.double(), *states, attn_mask=mask, is_causal=is_causal, scale=scale)
-
-
 def made_mask(kind, batch, heads, queries, tokens, dtype):
     """A mask of every shape that reaches a kernel; "nothing" hides the whole body from the first query token."""
     if kind == "nothing":
@@ -89,12 +79,13 @@ def made_mask(kind, batch, heads, queries, tokens, dtype):
     return torch.rand(shape) > 0.4
 
 
-def check(query, keys, values, mask=None, is_causal=False, scale=None, size=1.0):
+def check(query, keys, values, mask=None, size=1.0, **options):
     """Compare `attend_body` with the reference; numbers are of about `size`."""
     assert len(keys.body) > 0
     assert triton_kernels.why_not(keys.body, values.body) == ""
-    out = tiles.attend(query, keys, values, mask, is_causal=is_causal, scale=scale, kernel=triton_kernels.attend_body)
-    expected = reference(query, keys, values, mask, is_causal, scale)
+    given = {"is_causal": False, "scale": None, **options}
+    out = tiles.attend(query, keys, values, mask, kernel=triton_kernels.attend_body, **given)
+    expected = exact_attention(query, exact(keys), exact(values), mask, **given)
     assert torch.isfinite(out).all()
     rounding = torch.finfo(query.dtype).eps if query.dtype != torch.float32 else 0.0
     torch.testing.assert_close(out.double(), expected, rtol=rounding + 2e-5 * size, atol=2e-5 * size)
@@ -139,11 +130,13 @@ def layouts(draw):
     scale=st.sampled_from([None, 0.3]),
     dtype=st.sampled_from(DTYPES),
     mean=st.sampled_from([0.0, 0.0, 30.0]),
+    softcap=st.sampled_from([None, None, 3.0]),
+    sinks=st.booleans(),
     sink=st.sampled_from([0, 3]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_fused_equals_dequantised(
-    layout, ratio, batch_heads, queries, tokens, again, masking, scale, dtype, mean, sink, seed
+    layout, ratio, batch_heads, queries, tokens, again, masking, scale, dtype, mean, softcap, sinks, sink, seed
 ):
     """For every layout, grouped-query ratio, mask, scale and dtype, over several pages.
 
@@ -160,7 +153,11 @@ def test_fused_equals_dequantised(
     mask = made_mask(masking, batch, heads * ratio, queries, len(keys), dtype)
     if masking == "column":
         mask[..., :1, :] = True
-    check(query, keys, values, mask, is_causal=masking == "causal", scale=scale, size=1 + mean)
+    extra = torch.randn(heads * ratio) if sinks else None
+    check(
+        query, keys, values, mask,
+        is_causal=masking == "causal", scale=scale, softcap=softcap, sinks=extra, size=1 + mean,
+    )  # fmt: skip
 
 
 def test_tokens_added_since_a_crop_have_a_page_of_their_own():

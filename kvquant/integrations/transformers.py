@@ -1,0 +1,101 @@
+"""kvquant inside transformers: what `install()` adds to it, and `uninstall()` takes away again.
+
+The attention ``"kvquant"``, for models whose attention torch's `scaled_dot_product_attention` cannot express:
+
+    import kvquant.integrations.transformers as integration
+
+    integration.install()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvquant")
+
+`attn_implementation="sdpa"` is all that most models need. To those that soft-cap their scores (Gemma 2) or learn
+attention sinks (gpt-oss) transformers offers ``eager``, which writes all scores to memory and dequantises the whole
+cache. With ``"kvquant"`` they attend like the others, over packed tokens and, where they are exact, tile by tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvquant.attention.states import QuantizedStates, attend_packed
+from kvquant.attention.tiles import Exact, attend
+from kvquant.errors import UnsupportedError
+
+#: What `attn_implementation` calls it.
+NAME = "kvquant"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers asks of an attention function.
+
+    Args:
+        module: the attention layer; `is_causal` is taken from it where that is None.
+        query: ``[batch, query_heads, query_tokens, head_dim]``.
+        key, value: ``[batch, kv_heads, tokens, head_dim]``, from a cache or from the model.
+        attention_mask: broadcastable to ``[batch, query_heads, query_tokens, tokens]``; bool or additive.
+        dropout: not supported together with `softcap` or `s_aux`.
+        scaling: factor on the scores; None takes ``head_dim ** -0.5``.
+        is_causal: whether query tokens see only what comes before them, where there is no mask.
+        softcap: what scores are soft-capped at.
+        s_aux: attention sinks ``[query_heads]``.
+        others: what `sdpa_attention_forward` takes, where there is neither `softcap` nor `s_aux`.
+
+    Returns:
+        ``[batch, query_tokens, query_heads, value_head_dim]``, and None in place of the weights.
+
+    Raises:
+        UnsupportedError: there is dropout, or a bias by position, together with `softcap` or `s_aux`.
+    """
+    if softcap is None and s_aux is None:
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
+        )
+        return out
+    beside = {"dropout": dropout, "position_bias": others.get("position_bias")}
+    reasons = [f"{name} cannot be combined with soft-capping or sinks" for name, part in beside.items() if part]
+    if reasons:
+        raise UnsupportedError(f"attn_implementation={NAME!r}", [*reasons, "attn_implementation='eager' can do that"])
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    options: dict[str, Any] = {
+        # One query token sees all that there is, wherever it stands.
+        "is_causal": causal and attention_mask is None and query.shape[2] > 1,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
+    mixed = attend_packed(query, key, value, attention_mask, gqa=True, **options)
+    if mixed is None:
+        mixed = attend(query, Exact(_numbers(key)), Exact(_numbers(value)), attention_mask, **options)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _numbers(states: Tensor) -> Tensor:
+    return states.dequantize() if isinstance(states, QuantizedStates) else states
+
+
+def install() -> None:
+    """Make the attention known to transformers, with the masks of ``sdpa``. Doing so again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def uninstall() -> None:
+    """Leave transformers as if `install` had never been called."""
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(NAME, None)
