@@ -68,7 +68,7 @@ def kernel_for(keys: Store, values: Store, query_tokens: int = 1, groups: int = 
         return TORCH, "the environment asks for it"
     if not len(keys.body):
         return TORCH, "nothing is quantised"
-    if (keys.sink_tokens, len(keys.body)) != (values.sink_tokens, len(values.body)):
+    if not tiles.quantised_together(keys, values):
         return TORCH, "keys and values are quantised in different places"
     if keys.body.device != keys.device:
         return TORCH, f"quantised tokens live on {keys.body.device} and states on {keys.device}"

@@ -81,6 +81,15 @@ class Segment:
     value_start: int
 
 
+def query_tokens(rows: int, mask: Tensor | None, last: Tensor | None) -> int:
+    """Return the query tokens among a kernel's `rows`, 1 where neither mask nor limit tells them apart, nor groups."""
+    if last is not None:
+        return last.shape[0]
+    if mask is None:
+        return 1
+    return mask.shape[3] if mask.shape[3] > 1 else rows // mask.shape[2]
+
+
 def segments(keys: Body, values: Body) -> Iterator[Segment]:
     """Yield the segments of two bodies of the same length and of canonical formats, in order of tokens."""
     key_pages, value_pages = list(_located(keys)), list(_located(values))
@@ -157,6 +166,12 @@ class Running:
     def _raise_to(self, raised: Tensor, reference: Tensor) -> None:
         kept = (self._highest - reference).exp_()
         self._highest, self._total, self._mixed = raised, self._total * kept, self._mixed * kept
+
+    def part(self) -> Part:
+        """Return all that was added as one part."""
+        batch, kv_heads, groups, queries, channels = self._mixed.shape
+        rows = (batch, kv_heads, groups * queries)
+        return Part(self._highest.reshape(rows), self._total.reshape(rows), self._mixed.reshape(*rows, channels))
 
     def result(self) -> Tensor:
         """Return the attention, ``[batch, kv_heads, groups, query_tokens, value_head_dim]``; zeros of nothing seen."""

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvquant.attention.parts import Kernel, Running, soft_capped
+from kvquant.attention.parts import Kernel, Part, Running, query_tokens, soft_capped
+from kvquant.engine.body import Body
 from kvquant.engine.store import Store
 
 #: Numbers that a tile's keys and values, or its scores, may have: 4 MiB in float32.
@@ -115,35 +116,95 @@ def _attend(
     kernel: Kernel | None,
 ) -> Tensor:
     """Attend for a few query tokens; `seen` ``[query_tokens, 1]`` is the last token that each may see, if causal."""
-    batch, query_heads, query_tokens, head_dim = query.shape
+    batch, query_heads, queries, head_dim = query.shape
     groups = query_heads // keys.kv_heads
     scale = head_dim**-0.5 if scale is None else scale
-    shape = (batch, keys.kv_heads, groups, query_tokens)
+    shape = (batch, keys.kv_heads, groups, queries)
     # Scores and sums in float32 at least: in float16 a large score would overflow.
     exact = torch.promote_types(keys.compute_dtype, torch.float32)
-    folded = (query.to(exact) * scale).reshape(batch, keys.kv_heads, groups * query_tokens, head_dim)
+    folded = (query.to(exact) * scale).reshape(batch, keys.kv_heads, groups * queries, head_dim)
     masked = None if mask is None else _grouped_mask(mask, shape)
 
-    body = range(keys.sink_tokens, keys.sink_tokens + len(keys.body))
     running = Running(shape, values.head_dim, exact, query.device)
     if sinks is not None:
         running.add_sinks(sinks.reshape(1, keys.kv_heads, groups, 1, 1))
-    if kernel is not None and isinstance(keys, Store) and isinstance(values, Store) and body:
-        part = None if masked is None else _tokens_of(masked, body.start, body.stop)
-        running.merge(
-            kernel(folded, keys.body, values.body, part, None if seen is None else seen - body.start, softcap)
-        )
-    for start, stop in keys.spans(tile_tokens(keys, values, query_heads * query_tokens)):
-        if kernel is not None and start in body:
+    body = range(0)
+    if isinstance(keys, Store) and isinstance(values, Store) and quantised_together(keys, values):
+        body = range(keys.sink_tokens, keys.sink_tokens + len(keys.body))
+        if body:
+            part = None if masked is None else _tokens_of(masked, body.start, body.stop)
+            last = None if seen is None else seen - body.start
+            running.merge(_attend_body(kernel or attend_tiles, folded, keys.body, values.body, part, last, softcap))
+    for start, stop in keys.spans(tile_tokens(keys, values, query_heads * queries)):
+        if start in body:
             continue
-        scores = (folded @ keys.tile(start, stop).to(exact).transpose(-1, -2)).reshape(*shape, stop - start)
-        scores = soft_capped(scores, softcap)
-        if masked is not None:
-            scores = apply_mask(scores, _tokens_of(masked, start, stop))
-        if seen is not None:
-            scores = scores.masked_fill(torch.arange(start, stop, device=query.device) > seen, -torch.inf)
-        running.add(scores, values.tile(start, stop).to(exact))
-    return running.result().reshape(batch, query_heads, query_tokens, values.head_dim).to(query.dtype)
+        scores = _scores(folded, keys.tile(start, stop).to(exact), shape, softcap)
+        running.add(
+            _hidden(scores, masked, seen, start, stop),
+            values.tile(start, stop).to(exact),
+        )
+    return running.result().reshape(batch, query_heads, queries, values.head_dim).to(query.dtype)
+
+
+def quantised_together(keys: Store, values: Store) -> bool:
+    """Whether the same tokens are quantised in both."""
+    return (keys.sink_tokens, len(keys.body)) == (values.sink_tokens, len(values.body))
+
+
+def _attend_body(
+    kernel: Kernel,
+    query: Tensor,
+    keys: Body,
+    values: Body,
+    mask: Tensor | None,
+    last: Tensor | None,
+    softcap: float | None,
+) -> Part:
+    """Have a kernel attend over what may be rotated: the query is rotated for it, and the result back."""
+    rotation, other = keys.encoder.rotation, values.encoder.rotation
+    part = kernel(query if rotation is None else rotation.apply(query), keys, values, mask, last, softcap)
+    return part if other is None else Part(part.highest, part.total, other.undo(part.mixed))
+
+
+def attend_tiles(
+    query: Tensor,
+    keys: Body,
+    values: Body,
+    mask: Tensor | None,
+    last: Tensor | None,
+    softcap: float | None = None,
+) -> Part:
+    """Attend over bodies tile by tile, dequantised as they were rotated; this is a `parts.Kernel`, for every format."""
+    batch, kv_heads, rows, _ = query.shape
+    queries = query_tokens(rows, mask, last)
+    shape = (batch, kv_heads, rows // queries, queries)
+    running: Running | None = None
+    numbers = batch * kv_heads * max(keys.head_dim, values.head_dim, rows)
+    for start, stop in keys.spans(_fitting_tokens(numbers)):
+        keys_tile, values_tile = (
+            body.tile(start, stop, body.encoder.dtype, rotated=True).to(query.device, query.dtype)
+            for body in (keys, values)
+        )
+        scores = _hidden(_scores(query, keys_tile, shape, softcap), mask, last, start, stop)
+        running = running or Running(shape, values.head_dim, query.dtype, query.device)
+        running.add(scores, values_tile)
+    if running is None:
+        raise ValueError("nothing is quantised")
+    return running.part()
+
+
+def _scores(query: Tensor, keys: Tensor, shape: tuple[int, int, int, int], softcap: float | None) -> Tensor:
+    scores = query @ keys.transpose(-1, -2)
+    return soft_capped(scores.reshape(*shape, keys.shape[2]), softcap)
+
+
+def _hidden(scores: Tensor, mask: Tensor | None, last: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return scores of tokens `start` to `stop` with the mask applied, and -inf behind the `last` token to be seen."""
+    if mask is not None:
+        scores = apply_mask(scores, _tokens_of(mask, start, stop))
+    if last is not None:
+        scores = scores.masked_fill(torch.arange(start, stop, device=scores.device) > last, -torch.inf)
+    return scores
 
 
 def tile_tokens(keys: Store | Exact, values: Store | Exact, queries: int) -> int:
@@ -153,9 +214,12 @@ def tile_tokens(keys: Store | Exact, values: Store | Exact, queries: int) -> int
         keys, values: the stores.
         queries: query heads times query tokens, of one batch row.
     """
-    states = keys.kv_heads * max(keys.head_dim, values.head_dim)
-    fitting = TILE_ELEMENTS // max(1, keys.batch * max(states, queries))
-    return max(_FEWEST_TOKENS, fitting // _FEWEST_TOKENS * _FEWEST_TOKENS)
+    return _fitting_tokens(keys.batch * max(keys.kv_heads * max(keys.head_dim, values.head_dim), queries))
+
+
+def _fitting_tokens(numbers: int) -> int:
+    """Return how many tokens a tile may have of which each takes so many numbers."""
+    return max(_FEWEST_TOKENS, TILE_ELEMENTS // max(1, numbers) // _FEWEST_TOKENS * _FEWEST_TOKENS)
 
 
 def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.attention.parts import Part, Segment, segments
+from kvquant.attention.parts import Part, Segment, query_tokens, segments
 from kvquant.engine.body import Body
 from kvquant.engine.pages import CanonicalPage
 
@@ -99,7 +99,7 @@ def _attend(
         "BOOLEAN": mask is not None and mask.dtype == torch.bool,
     }
     shown, strides = _mask_arguments(mask)
-    query_tokens = _query_tokens(rows, mask, last)
+    queries = query_tokens(rows, mask, last)
     slot = 0
     for launch in launches:
         segment = launch.segment
@@ -107,7 +107,7 @@ def _attend(
             query, shown, last, softcap or 0.0, *parts,
             *launch.keys.arguments, segment.key_start, *launch.values.arguments, segment.value_start, *strides,
             segment.start, segment.stop - segment.start, launch.front, launch.tiles, slot, slots,
-            rows, query_tokens, kv_heads,
+            rows, queries, kv_heads,
             **limits, LIMITED=last is not None, TILE=launch.tile, RB=row_block, num_stages=launch.stages,
             **launch.keys.constants("K", row_block), **launch.values.constants("V", row_block),
         )  # fmt: skip
@@ -133,15 +133,6 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
         return None, (0, 0, 0, 0, 0)
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
-
-
-def _query_tokens(rows: int, mask: Tensor | None, last: Tensor | None) -> int:
-    """Return the query tokens among `rows`, or 1 where neither mask nor limit tells them apart, nor groups."""
-    if last is not None:
-        return last.shape[0]
-    if mask is None:
-        return 1
-    return mask.shape[3] if mask.shape[3] > 1 else rows // mask.shape[2]
 
 
 # ------------------------------------------------------------------------------------------------ one launch

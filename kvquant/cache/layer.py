@@ -19,6 +19,7 @@ from kvquant.engine.memory import LayerMemory, layer_memory
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.errors import CropError, NonFiniteStatesError, PendingAssignmentError, StatesError
+from kvquant.transforms.rotations import Rotation
 
 _STREAMS = ("key", "value")
 
@@ -186,6 +187,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 block=policy.block,
                 dtype=dtypes[stream],
                 formats=settings.backend.capabilities.formats,
+                rotation=None if settings.rotation is None else Rotation(settings.rotation),
             )
 
         body_device = None if self._config.device is None else torch.device(self._config.device)

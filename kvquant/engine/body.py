@@ -31,6 +31,12 @@ class Staged:
 class Body:
     """Quantised tokens of one stream.
 
+    Attributes:
+        encoder: what quantises its tokens.
+        device: where it lives.
+        kv_heads, head_dim: of the states.
+        pages: the tokens, in order.
+
     Spare capacity is at most one page or an eighth of what is stored: a new page takes what is at hand, and at least
     an eighth of the length so far. So the number of pages grows with the logarithm of the length, nothing is ever
     copied to make room, and appending n tokens costs O(n).
@@ -48,7 +54,8 @@ class Body:
         self.encoder, self.device = encoder, device
         self.pages: list[Page] = []
         self._starts = [0]
-        self._policy, self._kv_heads, self._head_dim = policy, like.shape[1], like.shape[3]
+        self._policy = policy
+        self.kv_heads, self.head_dim = like.shape[1], like.shape[3]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -136,15 +143,32 @@ class Body:
         body._index()
         return body
 
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield tokens `start` to `stop` page by page, dequantised."""
+    def read(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Iterator[Tensor]:
+        """Yield tokens `start` to `stop` page by page, dequantised; as they were quantised if `rotated`."""
+        rotation = None if rotated else self.encoder.rotation
         for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self.pages)):
             before = self._starts[at]
             low, high = max(start - before, 0), min(stop - before, self.pages[at].length)
             if before >= stop:
                 break
             if low < high:
-                yield self.pages[at].dequantize(low, high, dtype)
+                states = self.pages[at].dequantize(low, high, dtype)
+                yield states if rotation is None else rotation.undo(states)
+
+    def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time, each in a page."""
+        for start, stop in itertools.pairwise(self._starts):
+            for low in range(start, stop, tile_tokens):
+                yield low, min(low + tile_tokens, stop)
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Tensor:
+        """Return tokens `start` to `stop`, dequantised; as they were quantised if `rotated`.
+
+        Returns:
+            ``[batch, kv_heads, stop - start, head_dim]``.
+        """
+        parts = list(self.read(start, stop, dtype, rotated=rotated))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -165,7 +189,7 @@ class Body:
     def _new_page(self, piece: Piece, stored: int, left: int) -> Page:
         if not isinstance(piece, Encoded):
             first_token = self._policy.sink_length + stored
-            return OpaquePage(self.encoder, first_token, self._kv_heads, self._head_dim, self.device)
+            return OpaquePage(self.encoder, first_token, self.kv_heads, self.head_dim, self.device)
         block = self.encoder.block
         wanted = max(left, self._policy.page_tokens, stored // 8)
-        return CanonicalPage(self.encoder, piece, wanted // block * block, self._head_dim, self.device)
+        return CanonicalPage(self.encoder, piece, wanted // block * block, self.head_dim, self.device)

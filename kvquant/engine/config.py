@@ -42,6 +42,9 @@ class CacheConfig:
         group_size: numbers that share a scale; None takes 64, or where that does not fit the largest below that does.
             transformers' name `q_group_size` is accepted too.
         group_size_key, group_size_value: the same for keys or values alone.
+        rotation_key, rotation_value: rotation of a head's channels before they are quantised, ``"hadamard"`` or
+            ``"random"`` (see `kvquant.transforms.rotations.Rotation`); None for none. It spreads outlier channels,
+            which helps keys on the token axis most.
         residual_length: most recent tokens that stay in full precision, at least.
         sink_length: first tokens that stay in full precision for ever.
         compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
@@ -68,6 +71,8 @@ class CacheConfig:
     group_size: int | None = None
     group_size_key: int | None = None
     group_size_value: int | None = None
+    rotation_key: str | None = None
+    rotation_value: str | None = None
     residual_length: int = 128
     sink_length: int = 0
     compute_dtype: str | None = None

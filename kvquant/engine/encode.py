@@ -19,6 +19,7 @@ from kvquant.engine.packing import pack
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
+from kvquant.transforms.rotations import Rotation
 
 #: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
 CHUNK_ELEMENTS = 1 << 20
@@ -80,6 +81,7 @@ class Encoder:
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
+        rotation: what is done to states before; None for nothing.
     """
 
     backend: str
@@ -90,6 +92,7 @@ class Encoder:
     block: int
     dtype: torch.dtype
     formats: tuple[str, ...]
+    rotation: Rotation | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
@@ -145,7 +148,9 @@ class Encoder:
         return Border(self.backend, self.scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
 
     def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
-        rows = states_to_rows(states.to(self.dtype), self.scheme.axis, self.scheme.group_size)
+        exact = states.to(self.dtype)
+        rotated = exact if self.rotation is None else self.rotation.apply(exact)
+        rows = states_to_rows(rotated, self.scheme.axis, self.scheme.group_size)
         if rows.untyped_storage().data_ptr() == states.untyped_storage().data_ptr():
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
         return self.quantizer.quantize(rows.contiguous())

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvquant.engine.packing import WIDTHS
 from kvquant.errors import OptionValueError, UnknownOptionError
+from kvquant.transforms.rotations import ROTATIONS
 
 #: Options that may differ from layer to layer.
 LAYER_OPTIONS = (
@@ -19,6 +20,8 @@ LAYER_OPTIONS = (
     "group_size",
     "group_size_key",
     "group_size_value",
+    "rotation_key",
+    "rotation_value",
     "residual_length",
     "sink_length",
     "options",
@@ -76,6 +79,8 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "'channel' or 'token', or an integer axis that the backend has")
         if option.startswith("group_size") and value is not None and not (is_int(value) and value > 0):
             raise OptionValueError(name, value, "a whole number above 0, or None to have it chosen")
+        if option.startswith("rotation") and value not in (None, *ROTATIONS):
+            raise OptionValueError(name, value, f"one of {', '.join(ROTATIONS)}, or None")
         if option.endswith("_length") and not (is_int(value) and value >= 0):
             raise OptionValueError(name, value, "a whole number of tokens, 0 or more")
         if option == "options":

@@ -15,6 +15,7 @@ from kvquant.errors import OptionValueError, UnsupportedError, listing
 from kvquant.plugin.capabilities import Capabilities
 from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend, get_backend
+from kvquant.transforms.rotations import RotationName, block_size
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -28,6 +29,7 @@ class StreamSettings:
         where: the layer, for messages; empty for the settings of a whole cache.
         backend: the backend that quantises them.
         nbits, axis, group_size: the scheme; `group_size` None is decided once head_dim is known.
+        rotation: name of the rotation before quantisation, None for none.
         options: the backend's own options.
     """
 
@@ -37,6 +39,7 @@ class StreamSettings:
     nbits: int
     axis: Axis
     group_size: int | None
+    rotation: RotationName | None
     options: Mapping[str, Any]
 
     def scheme(self, head_dim: int | None = None, device: str | None = None, dtype: str | None = None) -> Scheme:
@@ -59,6 +62,8 @@ class StreamSettings:
             reasons.append(
                 f"group_size={group_size} does not divide head_dim={head_dim}; those that do: {listing(works)}"
             )
+        if head_dim is not None and self.rotation and block_size(head_dim) == 1:
+            reasons.append(f"rotation_{self.stream}={self.rotation!r} needs an even head_dim, and it is {head_dim}")
         if reasons:
             raise self._unsupported(reasons)
         return scheme
@@ -116,6 +121,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
             nbits=options["nbits"] if nbits is None else nbits,
             axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
             group_size=options["group_size"] if group_size is None else group_size,
+            rotation=options[f"rotation_{stream}"],
             options=options["options"],
         )
         scheme = settings.scheme(dtype=config.compute_dtype)

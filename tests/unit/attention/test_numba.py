@@ -129,6 +129,13 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
         check(layer, query, torch.zeros(queries, tokens).masked_fill(~padding[0, 0], torch.finfo(torch.float32).min))
 
 
+@pytest.mark.parametrize("rotations", [("hadamard", None), (None, "random"), ("random", "hadamard")], ids=str)
+def test_the_query_is_rotated_in_place_of_the_keys(rotations):
+    """And the output back, in place of the values."""
+    layer, _ = filled(KINDS[0], 300, rotation_key=rotations[0], rotation_value=rotations[1])
+    check(layer, torch.randn(1, 8, 2, 64), is_causal=True)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_states_of_any_type(dtype):
     """Through scaled_dot_product_attention, as a model calls it, with nothing materialised."""

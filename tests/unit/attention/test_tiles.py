@@ -50,11 +50,12 @@ MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
     dtype=st.sampled_from(list(TOLERANCE)),
     sink=st.sampled_from([0, 3]),
     small=st.booleans(),
+    rotations=st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2),
 )
 def test_fused_equals_dequantised(
-    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small
+    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small, rotations
 ):
-    """For every format, axis, width, grouped-query ratio, mask, scale and dtype, in small tiles and in one."""
+    """For every format, axis, width, grouped-query ratio, mask, scale, dtype, rotation and tile."""
     layer, (keys, values) = filled(
         tokens,
         batch=batch,
@@ -66,6 +67,8 @@ def test_fused_equals_dequantised(
         nbits_key=bits[0],
         nbits_value=bits[1],
         sink_length=sink,
+        rotation_key=rotations[0],
+        rotation_value=rotations[1],
     )
     heads = 2 * groups
     query = torch.randn(batch, heads, queries, widths[0]).to(dtype)

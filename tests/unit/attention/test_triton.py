@@ -51,7 +51,9 @@ def filled(tokens, *, batch=1, heads=1, widths=(32, 32), dtype=torch.float32, me
 def exact(store):
     """What a store stands for, in float64 and without a rounding."""
     parts = [store.tile(0, store.sink_tokens).double()] if store.sink_tokens else []
-    parts += store.body.read(0, len(store.body), torch.float64)
+    rotation = store.body.encoder.rotation
+    read = store.body.read(0, len(store.body), torch.float64, rotated=True)
+    parts += read if rotation is None else map(rotation.undo, read)
     recent = store.sink_tokens + len(store.body)
     return torch.cat([*parts, store.tile(recent, len(store)).double()], dim=2)
 
@@ -105,6 +107,7 @@ def layouts(draw):
     axes = draw(st.tuples(*[st.sampled_from(["channel", "token"])] * 2))
     bits = draw(st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2))
     widths = draw(st.tuples(*[st.sampled_from([20, 32, 64, 80, 96, 112, 128, 256])] * 2))
+    rotations = draw(st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2))
     sizes = [draw(group_sizes(axis, width)) for axis, width in zip(axes, widths, strict=True)]
     kind = draw(st.sampled_from(["affine", "codebook"]))
     return widths, {
@@ -115,6 +118,8 @@ def layouts(draw):
         "nbits_value": bits[1],
         "group_size_key": sizes[0],
         "group_size_value": sizes[1],
+        "rotation_key": rotations[0],
+        "rotation_value": rotations[1],
     }
 
 
