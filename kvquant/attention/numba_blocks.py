@@ -16,9 +16,9 @@ from numba import carray, njit
 from kvquant.attention.simd import dot_rows, half_to_float, mix_rows, pointer_to
 
 #: What a page is to the kernel: addresses, strides (bytes of codes, numbers of scales), the page's token that comes
-#: first, and whether scales are float16.
-PAGE = "codes batch head row scale scale_batch scale_head offset table first half".split()
-CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, HALF = range(len(PAGE))
+#: first, whether scales are float16, and which tokens of the body are read from it.
+PAGE = "codes batch head row scale scale_batch scale_head offset table first half start stop".split()
+CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, HALF, START, STOP = range(len(PAGE))
 
 #: What a mask is to the kernel: addresses (0: there is none) and strides of an additive mask and of one of bytes, and
 #: the query tokens of a group.

@@ -4,17 +4,12 @@ For each key/value head a block of tokens is scored, weighed and mixed while it 
 that share the head use the codes that were unpacked for the first. Blocks are merged by online softmax (see `parts`).
 
 A kernel is compiled for each kind of stream and number of rows, once; numba keeps it on disk. It works on addresses,
-so that starting one costs little. Threads are as many as torch's, in a pool of our own: a kernel lets go of the
-interpreter while it works, and two kernels at once do not disturb each other.
+so that starting one costs little. Threads are as many as torch's, in a pool
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,14 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, cfunc, types
 from torch import Tensor
 
-from kvquant.attention import numba_blocks, simd
+from kvquant.attention import numba_blocks, simd, threads
 from kvquant.attention.numba_blocks import (
     FIRST,
     LOWEST,
     MASK,
+    PAGE,
+    START,
+    STOP,
     Work,
     mix_by_channel,
     mix_by_token,
@@ -38,6 +36,7 @@ from kvquant.attention.numba_blocks import (
     weigh,
 )
 from kvquant.attention.parts import Part, Segment, segments
+from kvquant.attention.simd import next_share, pointer_to
 from kvquant.engine.body import Body
 from kvquant.engine.pages import CanonicalPage
 
@@ -47,8 +46,19 @@ _BLOCK = 128
 _MOST_ROWS = 4
 #: Numbers read below which threads cost more than they bring.
 _WORTH_THREADS = 1 << 18
+#: Shares of the work for each thread, at least: one that is held up leaves its shares to the others.
+_SHARES_EACH = 4
 #: Entries of a table for the kernel, which looks codes of up to four bits up in a register of sixteen.
 _FEWEST_ENTRIES = 16
+
+#: What a kernel is told: how many shares have been taken, sizes, and addresses. `pages` are int64 ``[segments, 2 (keys,
+#: values), fields]``, see `numba_blocks.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
+#: before the rows, one for each stretch of tokens.
+JOB = ("taken batches heads slots rows tokens query segments pages masked cap highest total mixed").split()
+(
+    TAKEN, BATCHES, HEADS, SLOTS, ROWS, TOKENS, QUERY, SEGMENTS, PAGES, MASKED, CAP, HIGHEST, TOTAL, MIXED,
+) = range(len(JOB))  # fmt: skip
+PAGE_FIELDS, MASK_FIELDS = len(PAGE), len(MASK)
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,14 @@ def _sources() -> int:
 
 
 @cache
-def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # noqa: C901 # one loop, compiled whole
-    """Compile the kernel for these streams and `rows` query rows at once, or load it from disk."""
-    k_width, k_bits, k_per, k_entries = key.width, key.nbits, key.group, key.entries
-    v_width, v_bits, v_per, v_entries = value.width, value.nbits, value.group, value.entries
+def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C901 # one loop, compiled whole
+    """Compile the kernel for these streams and `rows` query rows at once, or load it from disk.
+
+    It takes the address of int64 numbers, see `JOB`, and works on shares of the job until none is left, beside other
+    threads that do the same.
+    """
+    k_width, k_bits, k_per, k_table = key.width, key.nbits, key.group, key.entries
+    v_width, v_bits, v_per, v_table = value.width, value.nbits, value.group, value.entries
     k_groups = 1 if key.channel else k_width // k_per
     v_groups = 1 if value.channel else v_width // v_per
     # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
@@ -98,18 +112,16 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
     k_span, v_span = k_width // k_groups, v_width // v_groups
     made_from = _sources()
 
-    @njit(nogil=True, cache=True, fastmath=True)
-    def kernel(query: Any, pages: Any, mask: Any, cap: Any, shares: Any, highest: Any, total: Any, mixed: Any) -> None:
-        """Attend for some shares of the work.
-
-        Args:
-            query: ``[batch, kv_heads, tiles * rows, width]``.
-            pages: int64 ``[segments, 2 (keys, values), fields]``; the first two are followed by start and stop.
-            mask: int64, see `numba_blocks.MASK`.
-            cap: what scores are soft-capped at, float32; 0 for no cap.
-            shares: int64 ``[shares, (batch, head, slot, first token, last token)]``.
-            highest, total, mixed: ``[batch, kv_heads, slots, tiles * rows(, width)]``, written.
-        """
+    @cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=True, fastmath=True)
+    def kernel(job: Any) -> None:
+        batches, heads, slots, all_rows = job[BATCHES], job[HEADS], job[SLOTS], job[ROWS]
+        query = carray(pointer_to(job[QUERY], 1), (batches, heads, all_rows, k_width))
+        pages = carray(pointer_to(job[PAGES], 3), (job[SEGMENTS], 2, PAGE_FIELDS))
+        mask = carray(pointer_to(job[MASKED], 3), (MASK_FIELDS,))
+        cap = carray(pointer_to(job[CAP], 1), (1,))[0]
+        highest = carray(pointer_to(job[HIGHEST], 1), (batches, heads, slots, all_rows))
+        total = carray(pointer_to(job[TOTAL], 1), (batches, heads, slots, all_rows))
+        mixed = carray(pointer_to(job[MIXED], 1), (batches, heads, slots, all_rows, v_width))
         bits = np.empty(block if made_from else 0, np.int32)
         work = Work(
             np.empty((rows, k_width), np.float32),
@@ -130,9 +142,11 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
             np.empty(rows, np.float32),
             np.empty(rows, np.float32),
         )
-        for share in range(shares.shape[0]):
-            batch, head, slot = shares[share, 0], shares[share, 1], shares[share, 2]
-            for first_row in range(0, query.shape[2], rows):
+        share = next_share(job)
+        while share < batches * heads * slots:
+            batch, head, slot = share // (heads * slots), share // slots % heads, share % slots
+            first, last = job[TOKENS] * slot // slots, job[TOKENS] * (slot + 1) // slots
+            for first_row in range(0, all_rows, rows):
                 own = query[batch, head, first_row : first_row + rows]
                 for r in range(rows):
                     for g in range(k_groups):
@@ -143,9 +157,9 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
                 work.highest[:] = LOWEST
                 for segment in range(pages.shape[0]):
                     keys, values = pages[segment, 0], pages[segment, 1]
-                    begin, end = keys[-2], keys[-1]
-                    for start in range(max(begin, shares[share, 3]), min(end, shares[share, 4]), block):
-                        count = min(block, min(end, shares[share, 4]) - start)
+                    begin, end = keys[START], keys[STOP]
+                    for start in range(max(begin, first), min(end, last), block):
+                        count = min(block, min(end, last) - start)
                         k_at, v_at = keys[FIRST] + start - begin, values[FIRST] + start - begin
                         if k_channel:
                             score_by_channel(
@@ -160,7 +174,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
                                 k_bits,
                                 k_per,
                                 rows,
-                                k_entries,
+                                k_table,
                                 block,
                             )
                         else:
@@ -176,17 +190,17 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
                                 k_bits,
                                 k_per,
                                 rows,
-                                k_entries,
+                                k_table,
                                 block,
                             )
                         weigh(work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows)
                         if v_channel:
                             mix_by_channel(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, block
                             )
                         else:
                             mix_by_token(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_entries, block
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, block
                             )
                 for r in range(rows):
                     highest[batch, head, slot, first_row + r] = work.highest[r]
@@ -194,9 +208,9 @@ def _kernel(key: Stream, value: Stream, rows: int) -> Callable[..., None]:  # no
                     for g in range(v_groups):
                         for d in range(g * v_span, (g + 1) * v_span):
                             mixed[batch, head, slot, first_row + r, d] = work.sums[r, d] + work.offset_sums[r, g]
+            share = next_share(job)
 
-    compiled: Callable[..., None] = kernel
-    return compiled
+    return threads.Task(kernel.address, kernel)
 
 
 def why_not(keys: Body, values: Body) -> str:
@@ -224,32 +238,22 @@ def attend_body(
     rows = -(-queries // tiles)
     asked = torch.nn.functional.pad(query, (0, 0, 0, rows * tiles - queries)).contiguous()
 
-    threads = torch.get_num_threads() if len(keys) * batch * heads * key.width >= _WORTH_THREADS else 1
-    slots = threads // math.gcd(batch * heads, threads)
-    cuts = [len(keys) * slot // slots for slot in range(slots + 1)]
-    shares = np.array(
-        [
-            (row, head, slot, cuts[slot], cuts[slot + 1])
-            for row in range(batch)
-            for head in range(heads)
-            for slot in range(slots)
-        ],
-        dtype=np.int64,
-    )
+    team = torch.get_num_threads() if len(keys) * batch * heads * key.width >= _WORTH_THREADS else 1
+    slots = -(-team * _SHARES_EACH // (batch * heads)) if team > 1 else 1
     highest = torch.empty((batch, heads, slots, rows * tiles))
     total, mixed = torch.empty_like(highest), torch.empty((*highest.shape, value.width))
     tables: list[Tensor] = []
     pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
     described, masks = _described_mask(mask, last, len(keys))
-    kernel, cap = _kernel(key, value, rows), np.float32(softcap or 0)
-
-    def attend(part: Any) -> None:
-        kernel(asked.numpy(), pages, described, cap, part, highest.numpy(), total.numpy(), mixed.numpy())
-
-    if threads == 1:
-        attend(shares)
-    else:
-        list(_pool(threads).map(attend, np.array_split(shares, threads)))
+    cap = np.array([softcap or 0], dtype=np.float32)
+    job = np.array(
+        [
+            0, batch, heads, slots, rows * tiles, len(keys), asked.data_ptr(), len(found), pages.ctypes.data,
+            described.ctypes.data, cap.ctypes.data, highest.data_ptr(), total.data_ptr(), mixed.data_ptr(),
+        ],
+        dtype=np.int64,
+    )  # fmt: skip
+    threads.run(_kernel(key, value, rows), job.ctypes.data, team)
     del tables, masks  # the kernel had only their addresses
     highest = highest.masked_fill_(total == 0, -torch.inf)
     part = _joined(highest, total, mixed)
@@ -263,15 +267,6 @@ def _joined(highest: Tensor, total: Tensor, mixed: Tensor) -> Part:
     top = highest.amax(2)
     weight = (highest - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(2)).exp()
     return Part(top, (total * weight).sum(2), (mixed * weight.unsqueeze(-1)).sum(2))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="kvquant-attention")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
 
 
 def _described(segment: Segment, tables: list[Tensor]) -> list[list[int]]:

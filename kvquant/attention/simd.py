@@ -221,14 +221,24 @@ def _literals(*kinds: Any) -> list[int]:
 
 @intrinsic(prefer_literal=True)
 def pointer_to(_context: Any, address: Any, kind: Any) -> Any:
-    """Return the integer `address` as a pointer; `kind` is 0 for uint8, 1 for float32, 2 for uint16."""
-    pointee = (types.uint8, types.float32, types.uint16)[kind.literal_value]
+    """Return the integer `address` as a pointer; `kind` is 0 for uint8, 1 for float32, 2 for uint16, 3 for int64."""
+    pointee = (types.uint8, types.float32, types.uint16, types.int64)[kind.literal_value]
     pointer = types.CPointer(pointee)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
 
     return pointer(types.int64, kind), generate
+
+
+@intrinsic
+def next_share(_context: Any, counter: Any) -> Any:
+    """Raise the int64 that `counter` points to by one, and return what it was; no two threads get the same."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], _LONG(1), "monotonic")
+
+    return types.int64(counter), generate
 
 
 @intrinsic
