@@ -30,13 +30,14 @@ LOWEST = np.float32(np.finfo(np.float32).min)
 _LOG2_E = np.float32(math.log2(math.e))
 _SERIES = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(8))
 
-#: The kernel's memory, all float32 but `bits`; `rows` query rows are worked on at once, `block` tokens.
+#: The kernel's memory, all float32 but `bits`; `rows` query rows are worked on at once, and a block of tokens, which
+#: has `room` for a few more.
 #:
 #: - folded ``[rows, width]``, shifts ``[rows]``: queries times scales, and queries times offsets
 #: - query_sums ``[rows, groups]``: sums of each query's numbers
-#: - products ``[groups, rows, block]``, scores ``[rows, block]``, weights ``[groups, rows, block]``
-#: - scales, offsets: of a group's channels, or of a block's tokens; by_group, offsets_by_group ``[groups, block]``
-#: - bits, powers ``[block]``: the same memory as int32 and as float32
+#: - products ``[groups, rows, room]``, scores ``[rows, room]``, weights ``[groups, rows, room]``
+#: - scales, offsets: of a group's channels, or of a block's tokens; by_group, offsets_by_group ``[groups, room]``
+#: - bits, powers ``[room]``: the same memory as int32 and as float32
 #: - mix, sums ``[rows, width]``, offset_sums ``[rows, groups]``; highest, total ``[rows]``
 Work = namedtuple(
     "Work",
@@ -88,7 +89,7 @@ def score_by_channel(
     per: Any,
     rows: Any,
     entries: Any,
-    block: Any,
+    room: Any,
 ) -> None:
     """Score tokens whose scales they share: ``q . (c * s + o) = (q * s) . c + q . o``."""
     codes = page[CODES] + batch * page[BATCH] + head * page[HEAD]
@@ -120,7 +121,7 @@ def score_by_channel(
             shape,
             rows,
             entries,
-            block,
+            room,
         )
         for r in range(rows):
             target, product = work.scores[r, done:stop], work.products[0, r]
@@ -143,7 +144,7 @@ def score_by_token(
     per: Any,
     rows: Any,
     entries: Any,
-    block: Any,
+    room: Any,
 ) -> None:
     """Score tokens that have their own scales: the sum over groups of ``s * (q . c) + o * sum(q)``."""
     groups = shape // per
@@ -160,7 +161,7 @@ def score_by_token(
         per,
         rows,
         entries,
-        block,
+        room,
     )
     address = scales_at(page, SCALE, batch, head, position, groups)
     fetch_by_group(address, count, groups, page[HALF], work.scales, work.by_group)
@@ -296,7 +297,7 @@ def mix_by_channel(
     per: Any,
     rows: Any,
     entries: Any,
-    block: Any,
+    room: Any,
 ) -> None:
     """Mix tokens whose scales they share: ``sum(w * (c * s + o)) = s * sum(w * c) + o * sum(w)``."""
     codes = page[CODES] + batch * page[BATCH] + head * page[HEAD]
@@ -316,7 +317,7 @@ def mix_by_channel(
             shape,
             rows,
             entries,
-            block,
+            room,
         )
         fetch(scales_at(page, SCALE, batch, head, group, shape), shape, page[HALF], work.scales)
         for r in range(rows):
@@ -347,7 +348,7 @@ def mix_by_token(
     per: Any,
     rows: Any,
     entries: Any,
-    block: Any,
+    room: Any,
 ) -> None:
     """Mix tokens that have their own scales: ``sum(w * (c * s + o)) = sum((w * s) * c) + sum(w * o)``."""
     groups = shape // per
@@ -379,7 +380,7 @@ def mix_by_token(
         per,
         rows,
         entries,
-        block,
+        room,
     )
     for r in range(rows):
         for d in range(shape):

@@ -41,7 +41,9 @@ from kvquant.engine.body import Body
 from kvquant.engine.pages import CanonicalPage
 
 #: Tokens that are scored before they are mixed: their scores, weights and codes stay in the first cache.
-_BLOCK = 128
+_BLOCK = 256
+#: Room for more tokens, never used: rows of scores would else begin at addresses that the processor takes for the same.
+_PADDING = 16
 #: Query rows that share unpacked codes.
 _MOST_ROWS = 4
 #: Numbers read below which threads cost more than they bring.
@@ -107,7 +109,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
     # and a compiled function is another one in every process. Branches that flags rule out are not compiled.
     k_channel, v_channel = key.channel, value.channel
-    block, groups = _BLOCK, max(k_groups, v_groups)
+    block, room, groups = _BLOCK, _BLOCK + _PADDING, max(k_groups, v_groups)
     scales = max(k_width, v_width, block * groups)
     k_span, v_span = k_width // k_groups, v_width // v_groups
     made_from = _sources()
@@ -122,18 +124,18 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
         highest = carray(pointer_to(job[HIGHEST], 1), (batches, heads, slots, all_rows))
         total = carray(pointer_to(job[TOTAL], 1), (batches, heads, slots, all_rows))
         mixed = carray(pointer_to(job[MIXED], 1), (batches, heads, slots, all_rows, v_width))
-        bits = np.empty(block if made_from else 0, np.int32)
+        bits = np.empty(room if made_from else 0, np.int32)
         work = Work(
             np.empty((rows, k_width), np.float32),
             np.empty(rows, np.float32),
             np.empty((rows, k_groups), np.float32),
-            np.empty((k_groups, rows, block), np.float32),
-            np.empty((rows, block), np.float32),
-            np.empty((v_groups, rows, block), np.float32),
+            np.empty((k_groups, rows, room), np.float32),
+            np.empty((rows, room), np.float32),
+            np.empty((v_groups, rows, room), np.float32),
             np.empty(scales, np.float32),
             np.empty(scales, np.float32),
-            np.empty((groups, block), np.float32),
-            np.empty((groups, block), np.float32),
+            np.empty((groups, room), np.float32),
+            np.empty((groups, room), np.float32),
             bits,
             bits.view(np.float32),
             np.empty((rows, v_width), np.float32),
@@ -175,7 +177,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 k_per,
                                 rows,
                                 k_table,
-                                block,
+                                room,
                             )
                         else:
                             score_by_token(
@@ -191,16 +193,16 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 k_per,
                                 rows,
                                 k_table,
-                                block,
+                                room,
                             )
                         weigh(work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows)
                         if v_channel:
                             mix_by_channel(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, block
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, room
                             )
                         else:
                             mix_by_token(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, block
+                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, room
                             )
                 for r in range(rows):
                     highest[batch, head, slot, first_row + r] = work.highest[r]
