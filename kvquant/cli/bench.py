@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,10 +25,17 @@ _MIB = 1 << 20
 @click.option("--contexts", default="4k,32k", show_default=True, help="Tokens in the cache, such as 4k,32768.")
 @click.option(
     "--caches",
-    default="dynamic,transformers:quanto:4,kvquant:reference:4,kvquant:reference:2",
+    default="dynamic,static,transformers:quanto:4,transformers:fp8,kvquant:reference:4,kvquant:reference:2",
     show_default=True,
-    help="Caches to compare, each kind[:backend[:nbits]]: dynamic, transformers:quanto:4, transformers:hqq:2, "
-    "kvquant:BACKEND:NBITS with any installed backend. Ratios need dynamic among them.",
+    help="Caches to compare, each kind[:backend[:nbits]]: dynamic, static, transformers:quanto:4, transformers:hqq:2, "
+    "transformers:fp8, turboquant:4, kvquant:BACKEND:NBITS with any installed backend. Speed is compared with dynamic "
+    "if that is among them.",
+)
+@click.option(
+    "--attention",
+    is_flag=True,
+    default=False,
+    help="No model: cache and attention alone, in the shape of the random model's layers.",
 )
 @click.option("--steps", default=8, show_default=True, help="Decode steps timed in a round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds, in each of which every cache has its turn.")
@@ -40,22 +49,32 @@ _MIB = 1 << 20
 @click.option("--kv-heads", default=8, show_default=True, help="Key/value heads of the random model.")
 @click.option("--head-dim", default=64, show_default=True, help="Channels of a head of the random model.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory too.")
+@click.option(
+    "--prefill/--no-prefill", default=False, show_default=True, help="Run a real prefill of each length too (slow)."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG file for memory and latency against context length.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with times in seconds and memory in bytes.")
-def bench(as_json: bool, **chosen: Any) -> None:
+def bench(as_json: bool, plot: Path | None, **chosen: Any) -> None:
     """Time caches side by side, and measure their memory.
 
     Each cache is filled with random states in one go, as a prefill would do it, and then decodes real tokens through
-    the model. The caches take turns in one process; peak memory is measured in a fresh process for each.
+    the model, or, with --attention, through cache and attention alone. The caches take turns in one process; peak
+    memory is measured in a fresh process for each.
     """
     from kvquant.cli.console import progress_bar
     from kvquant.errors import ConfigError, UnknownBackendError
+    from kvquant.evaluation.plots import check_plot, plot_bench
 
     try:
+        check_plot(plot)
         options = _options(chosen)
         with progress_bar("Measuring", options.work) as progress:
             report = _run(options, progress)
     except (ConfigError, UnknownBackendError) as error:
         raise click.UsageError(str(error)) from error
+    if plot is not None:
+        plot_bench(report, plot)
+        click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -89,55 +108,62 @@ def _show(report: BenchReport) -> None:
     screen = console()
     model, options = report.model, report.options
     screen.print(machine_line(report.machine), markup=False)
+    hidden = f", hidden {model['hidden']}" if "hidden" in model else ""
+    name = f"{model['architecture']} ({model['name']})" if model["architecture"] else model["name"]
     screen.print(
-        f"{model['architecture']} ({model['name']}), {model['layers']} layers, hidden {model['hidden']}, "
-        f"{model['heads']} query heads, {model['kv_heads']} key/value heads of {model['head_dim']}, {model['dtype']}, "
-        f"{model['attention']} attention",
+        f"{name}, {model['layers']} layers{hidden}, {model['heads']} query heads, {model['kv_heads']} key/value heads "
+        f"of {model['head_dim']}, {model['dtype']}, {model['attention']} attention",
         markup=False,
     )
+    screen.print(f"Memory is read at {report.bandwidth / 1e9:.1f} GB/s.", markup=False)
+    if report.floor is not None:
+        floor = _spread(report.floor, 1000, 1)
+        screen.print(f"The model alone, over a cache of one token, takes {floor} ms a step.", markup=False)
     for context in options.contexts:
         screen.print(_table(context, [result for result in report.results if result.context == context]))
-    screen.print(
-        f"Medians (lowest-highest) of {options.rounds} rounds of {options.steps} steps. The history is synthetic: fill "
-        "is the cache's own work for random states of all layers, without the model's part of a prefill. A flush is a "
-        "step in which tokens leave the window and are quantised; 'with flushes' is a step with its share of one. "
-        "Ratios are of that to dynamic in the same round. Peak is the rise of memory in use while filling, decoding "
-        "and flushing, in a fresh process.",
-        markup=False,
-    )
+    screen.print(_legend(report), markup=False)
+
+
+def _legend(report: BenchReport) -> str:
+    options = report.options
+    parts = [
+        f"Medians (lowest-highest) of {options.rounds} rounds of {options.steps} steps.",
+        "The history is synthetic: fill is the cache's own work for random states of all layers, without a model.",
+        "A flush is a step in which tokens leave the window and are quantised; a step has its share of one in it.",
+        "Faster than: times, in the same round; 'best other' is the fastest quantised cache that is not kvquant's.",
+        "Cache: held at the end of the fill.",
+    ]
+    if options.memory:
+        parts.append("Peak: rise of memory in use while filling, decoding and flushing; temporary: while decoding and")
+        parts.append("flushing alone. Both in a fresh process.")
+    if options.attention:
+        parts.append(
+            "Attention: of a step, without the update; x limit: over reading the cache's bytes once at that rate."
+        )
+    if options.prefill:
+        parts.append("Added: the cache's share of the prefill beyond dynamic's, over the model's own time.")
+    return " ".join(parts)
 
 
 def _table(context: int, results: list[CacheResult]) -> Table:
+    """Return the table of one context length; columns of which nothing was measured are left out."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{context} tokens", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cache", no_wrap=True)
-    for heading in (
-        "decode\nms/step",
-        "flush\nms / every",
-        "with flushes\nms/step",
-        "x dynamic\n",
-        "cache\nMiB",
-        "peak\nMiB",
-    ):
-        table.add_column(heading, justify="right")
-    table.add_column("fill\ns", justify="right")
-    for result in results:
-        if result.step is not None:
-            table.add_row(
-                result.cache,
-                _spread(result.step, 1000, 1),
-                f"{1000 * result.flush.median:.0f} / {result.flush_period}" if result.flush else "-",
-                _spread(result.amortised, 1000, 1),
-                _spread(result.ratio),
-                _mib(result.cache_bytes),
-                _mib(result.peak_bytes),
-                "-" if result.fill is None else f"{result.fill.median:.2f}",
-            )
-    problems = [f"{result.cache}: not available, {result.problem}" for result in results if result.problem]
-    table.caption, table.caption_justify = "\n".join(map(escape, problems)) or None, "left"
+    rows = [result for result in results if result.step is not None]
+    columns = {heading: [show(result) for result in rows] for heading, show in _COLUMNS.items()}
+    used = {heading: cells for heading, cells in columns.items() if any(cell != "-" for cell in cells)}
+    for heading in used:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row, result in enumerate(rows):
+        table.add_row(result.cache, *(cells[row] for cells in used.values()))
+    notes = [f"{result.cache}: not available, {result.problem}" for result in results if result.problem]
+    kernels = {result.kernel for result in rows if result.kernel}
+    notes += [f"attention over quantised tokens by {kernel}" for kernel in sorted(kernels)]
+    table.caption, table.caption_justify = "\n".join(map(escape, notes)) or None, "left"
     return table
 
 
@@ -152,3 +178,24 @@ def _spread(spread: Spread | None, factor: float = 1, digits: int = 2) -> str:
 
 def _mib(count: int | None) -> str:
     return "-" if count is None else f"{count / _MIB:.1f}"
+
+
+def _flush(result: CacheResult) -> str:
+    return f"{1000 * result.flush.median:.0f} / {result.flush_period}" if result.flush else "-"
+
+
+#: Heading -> what stands in the column for a result.
+_COLUMNS: dict[str, Callable[[CacheResult], str]] = {
+    "step\nms": lambda result: _spread(result.amortised, 1000, 1),
+    "flush\nms / every": _flush,
+    "faster than\ndynamic": lambda result: _spread(result.speedup),
+    "faster than\nbest other": lambda result: _spread(result.speedup_quantised),
+    "attention\nms": lambda result: "-" if result.attention is None else f"{1000 * result.attention.median:.2f}",
+    "x limit\n": lambda result: "-" if result.over_limit is None else f"{result.over_limit:.1f}",
+    "cache\nMiB": lambda result: _mib(result.cache_bytes),
+    "peak\nMiB": lambda result: _mib(result.peak_bytes),
+    "temporary\nMiB": lambda result: _mib(result.step_bytes),
+    "fill\ns": lambda result: "-" if result.fill is None else f"{result.fill.median:.2f}",
+    "prefill\ns": lambda result: _spread(result.prefill, 1, 1),
+    "added\n%": lambda result: _spread(result.prefill_added, 100, 2),
+}

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 #: Columns for tables that go to a file or a pipe, which have no width of their own.
 PIPE_WIDTH = 160
 
+_LIBRARIES = ("optimum-quanto", "hqq", "bitsandbytes", "turboquant", "numpy")
+
 
 def console(pipe_width: int = PIPE_WIDTH) -> Console:
     """Return a console on standard output, `pipe_width` columns wide where that is no terminal."""
@@ -23,9 +25,11 @@ def console(pipe_width: int = PIPE_WIDTH) -> Console:
 
 def machine_line(machine: dict[str, Any]) -> str:
     """Return what figures depend on, on one line; see `kvquant.evaluation.measure.describe_machine`."""
+    libraries = "".join(f"{name} {machine[name]}, " for name in _LIBRARIES if name in machine)
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load {machine['load']}, "
         f"on {machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{libraries}"
         f"kvquant {machine['kvquant']}, Python {machine['python']}"
     )
 

@@ -1,14 +1,17 @@
-"""What a cache costs beside others: decode time, memory, and the cache's own share of a prefill.
+"""What a cache costs beside others: decode time, memory, and its share of a prefill.
 
 The history is synthetic: each layer is given random key and value states of the context's length in one `update`,
 which is what a prefill does to a cache, without the model's part of it. Then tokens are decoded through the model for
-real. The caches take turns, round by round in one process, so that a busy machine hits all alike, and ratios are taken
-within a round. Peak memory is measured in a fresh process for each cache, because memory that one cache frees would be
-used again by the next without any rise.
+real, or, without a model, through cache and attention alone. The caches take turns, round by round in one process, so
+that a busy machine hits all alike, and ratios are taken within a round. Peak memory is measured in a fresh process for
+each cache, because memory that one cache frees would be used again by the next without any rise.
 
 A quantised cache does most steps cheaply, and now and then one in which tokens leave its window and are quantised: a
 *flush*. Rounds are too short to hit one by chance, so each ends with the step that flushes, and `amortised` weighs it
 by how often it comes.
+
+Attention over a cache must read what the cache holds, so its time cannot fall below those bytes over the bandwidth at
+which the machine reads memory, which is measured too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,18 +31,37 @@ from typing import Any
 import torch
 
 from kvquant.errors import KVQuantError, OptionValueError
-from kvquant.evaluation.contenders import Contender, one_line, parse_contenders
-from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine, steady
-from kvquant.evaluation.subject import DTYPES, Round, Subject, SyntheticModel
+from kvquant.evaluation.contenders import Contender, one_line, parse_contenders, versions
+from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine, read_bandwidth, steady
+from kvquant.evaluation.subject import (
+    DTYPES,
+    AttentionSubject,
+    ModelSubject,
+    Prefill,
+    Round,
+    Subject,
+    SyntheticModel,
+)
 
-DEFAULT_CACHES = "dynamic,transformers:quanto:4,kvquant:reference:4,kvquant:reference:2"
+DEFAULT_CACHES = "dynamic,static,transformers:quanto:4,transformers:fp8,kvquant:reference:4,kvquant:reference:2"
 DEFAULT_CONTEXTS = "4k,32k"
 
 #: Decode steps of a memory measurement: memory does not depend on their number.
 _MEMORY_STEPS = 2
-_WARM_UP_TOKENS = 64
+#: Tokens of a run that is not measured: enough to quantise some, so that libraries and kernels are loaded.
+_WARM_UP_TOKENS = 512
 #: What a cache may raise while it is measured without ending the measurement of the others.
-_FAILURES = (KVQuantError, RuntimeError, ValueError, TypeError, LookupError, ImportError, MemoryError)
+_FAILURES = (
+    KVQuantError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    MemoryError,
+    AssertionError,
+)
 
 #: Called as work goes on, with the part of `BenchOptions.work` that was done since the last call.
 Progress = Callable[[float], None]
@@ -53,6 +76,7 @@ class BenchOptions:
         contexts: tokens in the cache before decoding starts.
         model: name or folder of a model, None for `synthetic`.
         synthetic: shape of the model where none is named.
+        attention: measure cache and attention alone, in the shape of `synthetic`, and not a model.
         steps: decode steps timed in a round.
         rounds: rounds, in each of which every cache has its turn.
         dtype: name of the floating type of weights and states.
@@ -60,6 +84,7 @@ class BenchOptions:
         threads: torch's threads, None for its own choice.
         seed: of weights and states.
         memory: whether to measure peak memory, in processes of their own.
+        prefill: whether to run a real prefill of every length through the model, with each cache, in every round.
 
     Raises:
         OptionValueError: a value can never work.
@@ -69,6 +94,7 @@ class BenchOptions:
     contexts: tuple[int, ...] = (4096, 32768)
     model: str | None = None
     synthetic: SyntheticModel = field(default_factory=SyntheticModel)
+    attention: bool = False
     steps: int = 8
     rounds: int = 3
     dtype: str = "float32"
@@ -76,6 +102,7 @@ class BenchOptions:
     threads: int | None = None
     seed: int = 0
     memory: bool = True
+    prefill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds"):
@@ -87,11 +114,15 @@ class BenchOptions:
             raise OptionValueError("contexts", self.contexts, "numbers of tokens, at least 1")
         if self.dtype not in DTYPES:
             raise OptionValueError("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.attention and self.model is not None:
+            raise OptionValueError("model", self.model, "no model together with attention alone")
+        if self.attention and self.prefill:
+            raise OptionValueError("prefill", self.prefill, "False together with attention alone: there is no model")
 
     @property
     def work(self) -> int:
         """How much there is to do, for a progress bar: tokens, as a turn takes about as long as its context is long."""
-        return sum(self.contexts) * len(self.contenders) * (self.rounds + self.memory)
+        return sum(self.contexts) * len(self.contenders) * (self.rounds * (1 + self.prefill) + self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +138,20 @@ class CacheResult:
         flush: a decode step with a flush; one a round.
         flush_period: tokens from one flush to the next.
         amortised: a decode step with its share of a flush; one figure a round.
-        ratio: `amortised` over that of ``dynamic`` in the same round.
+        speedup: `amortised` of ``dynamic`` over that of this cache, in the same round.
+        speedup_quantised: the same for the fastest, in the median, of the quantised caches that are not kvquant's.
+        attention: attention alone of a decode step, where it is measured apart.
+        kernel: what attends over quantised tokens, in words.
+        read_bytes: what attention must read at least: `cache_bytes` without spare room.
+        over_limit: `attention` over the time that reading `read_bytes` takes at the machine's bandwidth.
         fill: appending the whole history to all layers; one a round.
+        prefill: a model's prefill of the whole length; one a round.
+        prefill_added: the cache's share of that beyond the share of ``dynamic`` in the same round, over the time that
+            the model itself takes.
         cache_bytes: of the tensors held with the history in.
         peak_bytes: rise of memory in use while filling and decoding, flush included.
-        peak_method: how that was measured.
+        step_bytes: rise of memory in use while decoding, flush included, above what the filled cache takes.
+        peak_method: how the two were measured.
     """
 
     cache: str
@@ -122,19 +162,38 @@ class CacheResult:
     flush: Spread | None = None
     flush_period: int | None = None
     amortised: Spread | None = None
-    ratio: Spread | None = None
+    speedup: Spread | None = None
+    speedup_quantised: Spread | None = None
+    attention: Spread | None = None
+    kernel: str = ""
+    read_bytes: int | None = None
+    over_limit: float | None = None
     fill: Spread | None = None
+    prefill: Spread | None = None
+    prefill_added: Spread | None = None
     cache_bytes: int | None = None
     peak_bytes: int | None = None
+    step_bytes: int | None = None
     peak_method: str = ""
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured, on what; `to_dict()` gives plain builtins."""
+    """What was measured, on what; `to_dict()` gives plain builtins.
+
+    Attributes:
+        machine, model: what figures depend on.
+        bandwidth: bytes a second at which the machine reads memory.
+        floor: seconds of the model's decode step over a cache with next to nothing in it, below which no cache can
+            bring it; None without a model.
+        options: what was asked for.
+        results: one for each context and cache, in this order.
+    """
 
     machine: dict[str, Any]
     model: dict[str, Any]
+    bandwidth: float
+    floor: Spread | None
     options: BenchOptions
     results: tuple[CacheResult, ...]
 
@@ -161,8 +220,16 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 
 
 def _subject(options: BenchOptions) -> Subject:
+    tokens = max(options.contexts) + options.steps
+    if options.attention:
+        return AttentionSubject(options.synthetic, tokens, options.dtype, options.device, options.seed)
     model = options.synthetic if options.model is None else options.model
-    return Subject(model, max(options.contexts) + options.steps, options.dtype, options.device, options.seed)
+    return ModelSubject(model, tokens, options.dtype, options.device, options.seed)
+
+
+def _room(options: BenchOptions, context: int) -> int:
+    """Return the tokens that a cache of fixed size must have room for; it never flushes."""
+    return context + 1 + max(options.steps, _MEMORY_STEPS)
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -188,46 +255,89 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
 
 def _bench(options: BenchOptions, tell: Progress) -> BenchReport:
     subject = _subject(options)
-    problems = {contender: contender.why_not(subject.model.config) for contender in options.contenders}
+    problems = {contender: contender.why_not(subject.config) for contender in options.contenders}
     machine, model = describe_machine(options.device), subject.describe()
+    machine.update(versions(options.contenders))
+    bandwidth, floor = read_bandwidth(subject.device), _floor(subject, options)
 
-    rounds: dict[tuple[Contender, int], list[Round]] = {}
+    taken: _Taken = {}
     for context in options.contexts:
         history = subject.history(context)
         for number in range(options.rounds):
             for contender in _rotated(options.contenders, number):
                 if not problems[contender]:
                     try:
-                        made = subject.run(contender.make(subject.model.config), history, options.steps)
-                        rounds.setdefault((contender, context), []).append(made)
+                        turn = _turn(subject, contender, history, options)
+                        taken.setdefault((contender, context), []).append(turn)
                     except _FAILURES as failure:
-                        problems[contender] = f"failed at {context} tokens: {one_line(failure)}"
-                tell(context)
+                        problems[contender] = _failed(contender, context, failure)
+                tell(context * (1 + options.prefill))
         del history
+    # A second look: other work on the machine slows reading down, and nothing makes it faster than it is.
+    bandwidth = max(bandwidth, read_bandwidth(subject.device))
     # The processes that measure memory load the model again: two at a time might not fit.
     del subject
 
     results = []
     for context in options.contexts:
         for contender in options.contenders:
-            mine, base = rounds.get((contender, context), []), rounds.get((Contender("dynamic"), context), [])
-            peak = _Peak()
-            if len(mine) == options.rounds and options.memory:
-                peak = _peak_in_new_process(options, contender, context)
-            problem = peak.problem if len(mine) == options.rounds else problems[contender]
-            results.append(_result(contender, context, problem, mine, base, peak))
+            peak, problem = _Peak(), problems[contender]
+            if len(taken.get((contender, context), [])) == options.rounds:
+                peak = _peak_in_new_process(options, contender, context) if options.memory else peak
+                problem = peak.problem
+            results.append(_result(contender, context, problem, taken, bandwidth, peak))
             tell(context * options.memory)
-    return BenchReport(machine, model, options, tuple(results))
+    return BenchReport(machine, model, bandwidth, floor, options, tuple(results))
+
+
+def _failed(contender: Contender, context: int, failure: BaseException) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in versions([contender]).items())
+    return f"failed at {context} tokens{f' ({libraries})' if libraries else ''}: {one_line(failure)}"
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What one cache did in one round."""
+
+    round: Round
+    prefill: Prefill | None
+
+
+_Taken = dict[tuple[Contender, int], list[_Turn]]
+
+
+def _turn(
+    subject: Subject, contender: Contender, history: list[tuple[torch.Tensor, torch.Tensor]], options: BenchOptions
+) -> _Turn:
+    context = history[0][0].shape[2]
+    room = _room(options, context)
+    prefill = None
+    if options.prefill and isinstance(subject, ModelSubject):
+        prefill = subject.prefill(contender.make(subject.config, room), context)
+    return _Turn(subject.run(contender.make(subject.config, room), history, options.steps), prefill)
+
+
+def _floor(subject: Subject, options: BenchOptions) -> Spread | None:
+    """Return the seconds of a model's decode step over a cache that holds a single token."""
+    if not isinstance(subject, ModelSubject):
+        return None
+    cache = Contender("dynamic").make(subject.config, 0)
+    return Spread.of(subject.run(cache, subject.history(1), options.steps * options.rounds).steps)
 
 
 def _result(
-    contender: Contender, context: int, problem: str, rounds: list[Round], base: list[Round], peak: _Peak
+    contender: Contender, context: int, problem: str, taken: _Taken, bandwidth: float, peak: _Peak
 ) -> CacheResult:
-    if not rounds:
+    turns = taken.get((contender, context), [])
+    if not turns:
         return CacheResult(cache=contender.label, context=context, problem=problem)
+    rounds = [turn.round for turn in turns]
+    base = taken.get((Contender("dynamic"), context), [])
+    rivals = [made for (other, length), made in taken.items() if other.is_rival and length == context]
+    fastest = min(rivals, key=_typical_step, default=[])
     flushes = [made.flush for made in rounds if made.flush is not None]
-    paired = len(base) == len(rounds)
-    ratios = [made.amortised / other.amortised for made, other in zip(rounds, base, strict=True)] if paired else []
+    attention = Spread.of([step for made in rounds for step in made.attention]) if rounds[0].attention else None
+    prefills = [turn.prefill.whole for turn in turns if turn.prefill is not None]
     return CacheResult(
         cache=contender.label,
         context=context,
@@ -237,12 +347,38 @@ def _result(
         flush=Spread.of(flushes) if flushes else None,
         flush_period=rounds[-1].flush_period,
         amortised=Spread.of([made.amortised for made in rounds]),
-        ratio=Spread.of(ratios) if ratios else None,
+        speedup=_speedup(base, turns),
+        speedup_quantised=_speedup(fastest, turns),
+        attention=attention,
+        kernel=rounds[-1].kernel,
+        read_bytes=rounds[-1].read,
+        over_limit=None if attention is None else attention.median * bandwidth / rounds[-1].read,
         fill=Spread.of([made.fill for made in rounds]),
+        prefill=Spread.of(prefills) if prefills else None,
+        prefill_added=_prefill_added(base, turns),
         cache_bytes=rounds[-1].held,
         peak_bytes=peak.rise,
+        step_bytes=peak.step,
         peak_method=peak.method,
     )
+
+
+def _typical_step(turns: list[_Turn]) -> float:
+    return statistics.median(turn.round.amortised for turn in turns)
+
+
+def _speedup(base: list[_Turn], turns: list[_Turn]) -> Spread | None:
+    if not base or len(base) != len(turns):
+        return None
+    return Spread.of([other.round.amortised / made.round.amortised for made, other in zip(turns, base, strict=True)])
+
+
+def _prefill_added(base: list[_Turn], turns: list[_Turn]) -> Spread | None:
+    if len(base) != len(turns):
+        return None
+    pairs = [(made.prefill, other.prefill) for made, other in zip(turns, base, strict=True)]
+    shares = [(mine.cache - other.cache) / (mine.whole - mine.cache) for mine, other in pairs if mine and other]
+    return Spread.of(shares) if shares else None
 
 
 def _rotated(contenders: tuple[Contender, ...], number: int) -> tuple[Contender, ...]:
@@ -256,7 +392,10 @@ def _rotated(contenders: tuple[Contender, ...], number: int) -> tuple[Contender,
 
 @dataclass(frozen=True)
 class _Peak:
+    """Bytes by which memory in use rises in all, and in a decode step; or why that could not be measured."""
+
     rise: int | None = None
+    step: int | None = None
     method: str = ""
     problem: str = ""
 
@@ -283,12 +422,16 @@ def _peak(options: BenchOptions, contender: Contender, context: int) -> _Peak:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         subject = _subject(options)
-        # A first run with next to nothing loads libraries and starts threads, which is not the cache's doing.
-        subject.run(contender.make(subject.model.config), subject.history(_WARM_UP_TOKENS), 1)
-        history, cache = subject.history(context), contender.make(subject.model.config)
+        # A first run loads libraries, compiles kernels and starts threads, which is not the cache's doing.
+        warm_up = min(_WARM_UP_TOKENS, max(options.contexts))
+        subject.run(contender.make(subject.config, _room(options, warm_up)), subject.history(warm_up), 1)
+        history, cache = subject.history(context), contender.make(subject.config, _room(options, context))
         gc.collect()
-        with PeakMemory(subject.device) as memory:
-            subject.run(cache, history, _MEMORY_STEPS)
+        with PeakMemory(subject.device) as filling:
+            subject.fill(cache, history)
+        with PeakMemory(subject.device) as decoding:
+            subject.decode_steps(cache, history, _MEMORY_STEPS)
     except _FAILURES as failure:
         return _Peak(problem=f"measuring its memory failed: {one_line(failure)}")
-    return _Peak(memory.rise, memory.method)
+    rise = max(filling.rise, decoding.before + decoding.rise - filling.before)
+    return _Peak(rise, decoding.rise, filling.method)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,13 @@ from kvquant._version import __version__
 from kvquant.engine.memory import tensor_bytes
 from kvquant.errors import MissingExtraError
 
+Result = TypeVar("Result")
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+#: What a measurement of bandwidth reads, how often, and in how many rows.
+_BANDWIDTH_BYTES, _BANDWIDTH_PASSES, _BANDWIDTH_ROWS = 256 << 20, 5, 64
 
 #: Seconds between two looks at the resident set where the kernel keeps no peak.
 _SAMPLE_INTERVAL = 0.001
@@ -55,11 +60,16 @@ class Spread:
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return how long `work` takes, with everything that it started on `device`."""
+    return timed(work, device)[1]
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Return what `work` returns, and how many seconds it takes with everything that it started on `device`."""
     _synchronise(device)
     start = time.perf_counter()
-    work()
+    result = work()
     _synchronise(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def _synchronise(device: torch.device) -> None:
@@ -97,7 +107,8 @@ class PeakMemory:
     is used again without any rise, so for an honest figure measure in a fresh process.
 
     Attributes:
-        rise: bytes, known once the block has ended.
+        before: bytes in use on entry.
+        rise: bytes above that, known once the block has ended.
         method: how it was measured, in words.
     """
 
@@ -107,20 +118,20 @@ class PeakMemory:
         self.method = ""
         self._device = device
         self._sampler: _Sampler | None = None
-        self._before = 0
+        self.before = 0
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
             self.method = "torch's CUDA allocator"
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+            self.before = torch.cuda.memory_allocated(self._device)
         elif _reset_kernel_peak():
             self.method = "peak resident set, kept by the kernel"
-            self._before = _status_bytes("VmRSS")
+            self.before = _status_bytes("VmRSS")
         else:
             self.method = "resident set, sampled"
-            self._before = resident_bytes()
+            self.before = resident_bytes()
             self._sampler = _Sampler()
             self._sampler.start()
         return self
@@ -135,7 +146,7 @@ class PeakMemory:
             peak = self._sampler.stop()
         else:
             peak = _status_bytes("VmHWM")
-        self.rise = max(0, peak - self._before)
+        self.rise = max(0, peak - self.before)
 
 
 class _Sampler(threading.Thread):
@@ -188,6 +199,22 @@ def _reset_kernel_peak() -> bool:
         return 0 < _status_bytes("VmHWM") <= _status_bytes("VmRSS") + _KERNEL_SLACK
     except OSError:
         return False
+
+
+# ------------------------------------------------------------------------------------------------ bandwidth
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second at which the device reads memory, with torch's threads.
+
+    It is the fastest of some passes over 256 MiB, far more than caches hold, by each of three reductions that read
+    every number once; which of them is fastest depends on the processor and on the number of threads.
+    """
+    numbers = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
+    rows = numbers.view(_BANDWIDTH_ROWS, -1)
+    ways: list[Callable[[], object]] = [numbers.sum, lambda: torch.dot(numbers, numbers), lambda: rows.amax(1)]
+    best = min(seconds(way, device) for _ in range(_BANDWIDTH_PASSES) for way in ways)
+    return numbers.nbytes / best
 
 
 # ------------------------------------------------------------------------------------------------ what and where

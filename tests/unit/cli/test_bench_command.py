@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -34,6 +35,18 @@ def test_a_table_for_each_context() -> None:
     assert result.stderr == ""
 
 
+def test_attention_alone_has_columns_of_its_own(tmp_path: Path) -> None:
+    """And a plot is written where it was asked for, which standard output does not mention."""
+    plot = tmp_path / "bench.png"
+    arguments = [*TINY.split(), "--attention", "--caches", "dynamic,kvquant:reference:4", "--plot", str(plot)]
+    result = CliRunner().invoke(bench, arguments)
+    assert result.exit_code == 0, result.output
+    for text in ("cache and attention alone", "x limit", "GB/s", "attention over quantised tokens by torch"):
+        assert text in result.stdout
+    assert result.stderr == f"Wrote {plot}\n"
+    assert plot.stat().st_size > 10_000
+
+
 def test_json_is_all_that_json_prints() -> None:
     """So another program can read it."""
     result = CliRunner().invoke(bench, [*TINY.split(), "--caches", "dynamic", "--json"])
@@ -61,6 +74,8 @@ def test_a_cache_that_is_not_available_is_named_with_the_reason(monkeypatch: pyt
         ("--steps 0", "at least 1"),
         ("--dtype int8", "bfloat16"),
         ("--threads 0", "threads"),
+        ("--plot nowhere/at-all.png", "a folder that exists"),
+        ("--attention --model here", "no model together with attention alone"),
     ],
 )
 def test_bad_input_is_a_usage_error_that_says_what_would_work(arguments: str, says: str) -> None:
@@ -91,7 +106,7 @@ def test_defaults_are_those_of_the_library() -> None:
     library = BenchOptions()
     assert (defaults["caches"], defaults["contexts"]) == (DEFAULT_CACHES, DEFAULT_CONTEXTS)
     assert {name: defaults[name] for name in vars(SyntheticModel())} == vars(SyntheticModel())
-    for name in ("steps", "rounds", "dtype", "device", "seed", "memory"):
+    for name in ("steps", "rounds", "dtype", "device", "seed", "memory", "prefill", "attention"):
         assert defaults[name] == getattr(library, name)
     dtype = next(option for option in bench.params if option.name == "dtype")
     assert tuple(dtype.type.choices) == DTYPES

@@ -5,21 +5,32 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kvquant.errors import ModelLoadError, OptionValueError, UnknownOptionError
 from kvquant.evaluation import contenders, measure
+from kvquant.evaluation import subject as subject_module
 from kvquant.evaluation.bench import DEFAULT_CACHES, BenchOptions, bench, parse_contexts
 from kvquant.evaluation.contenders import Contender, cache_bytes, next_flush, parse_contenders
 from kvquant.evaluation.measure import PeakMemory, Spread, held_bytes
-from kvquant.evaluation.subject import Subject, SyntheticModel
+from kvquant.evaluation.plots import check_plot, plot_bench
+from kvquant.evaluation.subject import AttentionSubject, ModelSubject, Subject, SyntheticModel
 
 TINY = SyntheticModel(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
 
 # quanto compiles and warns as it likes; its figures are not what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:::optimum.*")
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read less than a measurement should."""
+    monkeypatch.setattr(measure, "_BANDWIDTH_BYTES", 4 << 20)
 
 
 def tiny(caches: str, **options: object) -> BenchOptions:
@@ -28,8 +39,8 @@ def tiny(caches: str, **options: object) -> BenchOptions:
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return Subject(TINY, tokens=210, dtype="float32", device="cpu", seed=0)
+def subject() -> ModelSubject:
+    return ModelSubject(TINY, tokens=210, dtype="float32", device="cpu", seed=0)
 
 
 class TestNames:
@@ -39,6 +50,10 @@ class TestNames:
             ("dynamic", "dynamic"),
             ("transformers", "transformers:quanto:4"),
             ("transformers:hqq:1", "transformers:hqq:1"),
+            ("transformers:fp8", "transformers:fp8:8"),
+            ("static", "static"),
+            ("turboquant", "turboquant:4"),
+            ("turboquant:3", "turboquant:3"),
             ("kvquant", "kvquant:reference:4"),
             ("kvquant:anything", "kvquant:anything:4"),
             (" kvquant:reference:2 ", "kvquant:reference:2"),
@@ -50,7 +65,8 @@ class TestNames:
 
     def test_a_label_is_a_name(self) -> None:
         """So what a report says can be asked for again."""
-        assert ",".join(contender.label for contender in parse_contenders(DEFAULT_CACHES)) == DEFAULT_CACHES
+        labels = [contender.label for contender in parse_contenders(DEFAULT_CACHES)]
+        assert [contender.label for contender in parse_contenders(",".join(labels))] == labels
 
     @pytest.mark.parametrize(
         ("text", "error", "says"),
@@ -58,11 +74,15 @@ class TestNames:
             ("dynamik", UnknownOptionError, "Did you mean 'dynamic'"),
             ("transformers:qanto", UnknownOptionError, "Did you mean 'quanto'"),
             ("dynamic:4", OptionValueError, "it has no backend"),
+            ("static:4", OptionValueError, "it has no backend"),
+            ("transformers:fp8:4", OptionValueError, "nbits from 8 for fp8"),
+            ("turboquant:5", OptionValueError, "nbits from 1, 2, 3, 4 for turboquant"),
+            ("turboquant:4:4", OptionValueError, "kind[:backend[:nbits]]"),
             ("transformers:quanto:3", OptionValueError, "nbits from 2, 4 for quanto"),
             ("kvquant:reference:four", OptionValueError, "kvquant:reference:2"),
             ("kvquant:reference:4:5", OptionValueError, "kind[:backend[:nbits]]"),
             ("kvquant::4", OptionValueError, "kind[:backend[:nbits]]"),
-            ("", UnknownOptionError, "dynamic, transformers, kvquant"),
+            ("", UnknownOptionError, "dynamic, static, transformers, turboquant, kvquant"),
             ("dynamic,dynamic", OptionValueError, "each cache once"),
         ],
     )
@@ -83,7 +103,17 @@ class TestNames:
             parse_contexts(text)
 
     @pytest.mark.parametrize(
-        "option", [{"steps": 0}, {"rounds": 0}, {"contexts": ()}, {"contexts": (0,)}, {"dtype": "int8"}, {"threads": 0}]
+        "option",
+        [
+            {"steps": 0},
+            {"rounds": 0},
+            {"contexts": ()},
+            {"contexts": (0,)},
+            {"dtype": "int8"},
+            {"threads": 0},
+            {"model": "some", "attention": True},
+            {"prefill": True, "attention": True},
+        ],
     )
     def test_impossible_options_are_refused(self, option: dict[str, object]) -> None:
         """Before anything is loaded."""
@@ -93,12 +123,21 @@ class TestNames:
 
 class TestRounds:
     @pytest.mark.parametrize(
-        ("name", "period"), [("dynamic", None), ("transformers:hqq:4", 128), ("kvquant:reference:4", 64)]
+        ("name", "period"),
+        [
+            ("dynamic", None),
+            ("static", None),
+            ("transformers:hqq:4", 128),
+            ("transformers:fp8", None),
+            ("kvquant:reference:4", 64),
+        ],
     )
     @pytest.mark.parametrize("context", [64, 200])
-    def test_tokens_are_really_decoded(self, subject: Subject, name: str, period: int | None, context: int) -> None:
+    def test_tokens_are_really_decoded(
+        self, subject: ModelSubject, name: str, period: int | None, context: int
+    ) -> None:
         """The cache ends with the history, the steps, and as many more as it took to flush."""
-        cache = Contender.parse(name).make(subject.model.config)
+        cache = Contender.parse(name).make(subject.config, 300)
         lengths = []
         hook = subject.model.register_forward_hook(lambda *_: lengths.append(int(cache.get_seq_length())))
         try:
@@ -112,9 +151,9 @@ class TestRounds:
         assert all(layer.get_seq_length() == made.tokens for layer in cache.layers)
 
     @pytest.mark.parametrize("context", [64, 200, 256])
-    def test_the_last_step_is_the_one_that_flushes(self, subject: Subject, context: int) -> None:
+    def test_the_last_step_is_the_one_that_flushes(self, subject: ModelSubject, context: int) -> None:
         """One step before, the tokens were still in the window; after it, they are quantised."""
-        cache = Contender.parse("kvquant:reference:4").make(subject.model.config)
+        cache = Contender.parse("kvquant:reference:4").make(subject.config, 300)
         quantised = []
         hook = subject.model.register_forward_hook(lambda *_: quantised.append(len(cache.layers[0].stores[0].body)))
         try:
@@ -124,18 +163,18 @@ class TestRounds:
         assert quantised[-1] == quantised[-2] + 64
         assert next_flush(cache) == contenders.Flush(64, 64)
 
-    def test_every_cache_gets_the_same_history(self, subject: Subject) -> None:
+    def test_every_cache_gets_the_same_history(self, subject: ModelSubject) -> None:
         """Also from another model made with the same seed, as in the processes that measure memory."""
-        again = Subject(TINY, tokens=210, dtype="float32", device="cpu", seed=0)
+        again = ModelSubject(TINY, tokens=210, dtype="float32", device="cpu", seed=0)
         for mine, other in zip(subject.history(64), again.history(64), strict=True):
             assert torch.equal(mine[0], other[0])
             assert torch.equal(mine[1], other[1])
 
-    def test_bytes_of_any_cache_are_those_of_its_tensors(self, subject: Subject) -> None:
+    def test_bytes_of_any_cache_are_those_of_its_tensors(self, subject: ModelSubject) -> None:
         """4 bits take less than a quarter of float32 for transformers' cache too, whose tensors are subclasses."""
         sizes = {}
         for name in ("dynamic", "transformers:hqq:4", "kvquant:reference:4"):
-            cache = Contender.parse(name).make(subject.model.config)
+            cache = Contender.parse(name).make(subject.config, 300)
             for layer, (keys, values) in enumerate(subject.history(1024)):
                 cache.update(keys, values, layer)
             sizes[name] = cache_bytes(cache)
@@ -147,14 +186,14 @@ class TestRounds:
     def test_a_model_without_room_for_the_context_is_refused(self, tmp_path: object) -> None:
         """The message says how much room there is."""
         TINY.make(1000).save_pretrained(tmp_path)
-        assert Subject(str(tmp_path), 400, "bfloat16", "cpu", 0).describe()["dtype"] == "bfloat16"
+        assert ModelSubject(str(tmp_path), 400, "bfloat16", "cpu", 0).describe()["dtype"] == "bfloat16"
         with pytest.raises(OptionValueError, match="at most 488 tokens"):
-            Subject(str(tmp_path), 500, "float32", "cpu", 0)
+            ModelSubject(str(tmp_path), 500, "float32", "cpu", 0)
 
     def test_a_model_that_is_not_there(self, tmp_path: object) -> None:
         """It is named."""
         with pytest.raises(ModelLoadError, match="nothing-here"):
-            Subject(f"{tmp_path}/nothing-here", 100, "float32", "cpu", 0)
+            ModelSubject(f"{tmp_path}/nothing-here", 100, "float32", "cpu", 0)
 
 
 class TestReport:
@@ -170,12 +209,17 @@ class TestReport:
             assert made.problem == ""
             assert made.tokens > made.context + options.steps
             assert made.step.count == options.rounds * options.steps
-            assert made.fill.count == made.amortised.count == made.ratio.count == options.rounds
+            assert made.fill.count == made.amortised.count == made.speedup.count == options.rounds
             assert made.step.low <= made.step.median <= made.step.high
-            assert made.cache_bytes > 0
+            assert 0 < made.read_bytes <= made.cache_bytes
+            assert (made.kernel != "") == made.cache.startswith("kvquant") if made.context == 200 else True
+            assert made.attention is made.over_limit is made.prefill is None
+            assert made.speedup_quantised.count == options.rounds
             assert made.peak_bytes is None
             assert (made.flush is None) == (made.cache == "dynamic")
-        assert {made.ratio for made in report.results if made.cache == "dynamic"} == {Spread(1.0, 1.0, 1.0, 2)}
+        assert report.bandwidth > 1e8
+        assert report.floor.count == options.rounds * options.steps
+        assert {made.speedup for made in report.results if made.cache == "dynamic"} == {Spread(1.0, 1.0, 1.0, 2)}
 
     def test_a_report_is_json(self) -> None:
         """With the machine, the model and the options in it."""
@@ -197,7 +241,7 @@ class TestReport:
     def test_without_dynamic_there_are_no_ratios(self) -> None:
         """There is nothing to compare with."""
         report = bench(tiny("kvquant:reference:4", contexts=(64,)))
-        assert report.results[0].ratio is None
+        assert report.results[0].speedup is None
         assert report.results[0].step is not None
 
     def test_a_cache_whose_library_is_missing_does_not_stop_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +278,79 @@ class TestReport:
         assert measured.problem == ""
         assert measured.peak_method
         assert measured.peak_bytes >= 0.9 * measured.cache_bytes
+        # DynamicCache writes each layer's history again at every step.
+        assert measured.cache_bytes / 3 < measured.step_bytes <= measured.peak_bytes
+
+    def test_attention_alone(self) -> None:
+        """Its part of a step is known, and how far that is from reading what the cache holds."""
+        report = bench(tiny("dynamic,kvquant:reference:4", contexts=(200,), attention=True, memory=True))
+        assert report.model["architecture"] is None
+        assert report.floor is None
+        for made in report.results:
+            assert made.problem == ""
+            assert made.attention.count == made.step.count
+            assert made.attention.median < made.step.median
+            assert made.over_limit == pytest.approx(made.attention.median * report.bandwidth / made.read_bytes)
+            assert made.step_bytes <= made.peak_bytes
+
+    def test_attention_alone_attends_over_all_that_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also in a cache of fixed size, whose end is empty."""
+        subject = AttentionSubject(TINY, 100, "float32", "cpu", 0)
+        attend, outputs = subject_module.sdpa_attention_forward, []
+        monkeypatch.setattr(subject_module, "sdpa_attention_forward", lambda *given: outputs.append(attend(*given)[0]))
+        for name in ("dynamic", "static"):
+            cache = Contender.parse(name).make(subject.config, 300)
+            subject.fill(cache, subject.history(70))
+            subject.decode(cache)
+        assert len(outputs) == 2 * TINY.layers
+        torch.testing.assert_close(outputs[0], outputs[2])
+
+    def test_a_real_prefill(self) -> None:
+        """What the cache adds is its own time beyond dynamic's, over the model's."""
+        report = bench(tiny("dynamic,kvquant:reference:4", prefill=True))
+        for made in report.results:
+            assert made.prefill.count == made.prefill_added.count == 2
+            assert made.prefill.median > made.fill.low / 2
+            assert made.cache != "dynamic" or made.prefill_added.median == 0
+
+    def test_the_package_turboquant(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where it is not installed, and where it fails, the reason stands in the report."""
+        missing = bench(tiny("turboquant", contexts=(64,))).results[0]
+        assert missing.problem == "No module named 'turboquant' (pip install turboquant)"
+        (tmp_path / "turboquant.py").write_text(
+            "from transformers import DynamicCache\n"
+            "class TurboQuantCache(DynamicCache):\n"
+            "    def __init__(self, bits):\n        super().__init__()\n"
+            "    def update(self, *args):\n        raise AttributeError(\"numpy has no 'trapz'\")\n"
+        )
+        (tmp_path / "turboquant-0.2.0.dist-info").mkdir()
+        (tmp_path / "turboquant-0.2.0.dist-info" / "METADATA").write_text("Name: turboquant\nVersion: 0.2.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        failing = bench(tiny("turboquant", contexts=(64,))).results[0]
+        assert failing.problem.startswith("failed at 64 tokens (turboquant 0.2.0, numpy 2.")
+        assert failing.problem.endswith("): numpy has no 'trapz'")
+
+
+class TestPlot:
+    def test_a_plot_is_a_picture(self, tmp_path: Path) -> None:
+        """With and without peak memory."""
+        report = bench(tiny("dynamic,kvquant:reference:4"))
+        plot_bench(report, tmp_path / "bench.png")
+        with Image.open(tmp_path / "bench.png") as picture:
+            assert picture.size == (1800, 750)
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+    @pytest.mark.parametrize(("name", "says"), [("plot.svg", "ends in .png"), ("nowhere/plot.png", "a folder that")])
+    def test_what_cannot_be_written_is_refused_first(self, tmp_path: Path, name: str, says: str) -> None:
+        """The message names a way on."""
+        with pytest.raises(OptionValueError, match=says):
+            check_plot(tmp_path / name)
+
+    def test_without_matplotlib(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error says what to install."""
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError, match=r"pip install 'kvquant\[eval\]'"):
+            check_plot(tmp_path / "plot.png")
 
 
 class TestMeasuring:
