@@ -257,7 +257,8 @@ def attend_body(
     )  # fmt: skip
     threads.run(_kernel(key, value, rows), job.ctypes.data, team)
     del tables, masks  # the kernel had only their addresses
-    highest = highest.masked_fill_(total == 0, -torch.inf)
+    if mask is not None or last is not None:
+        highest = highest.masked_fill_(total == 0, -torch.inf)
     part = _joined(highest, total, mixed)
     return Part(part.highest[:, :, :queries], part.total[:, :, :queries], part.mixed[:, :, :queries])
 

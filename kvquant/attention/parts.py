@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,20 +120,20 @@ class Running:
         self, shape: tuple[int, int, int, int], value_head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Begin with nothing; `shape` is ``(batch, kv_heads, groups, query_tokens)``."""
-        self._highest = torch.full((*shape, 1), -torch.inf, dtype=dtype, device=device)
-        self._total = torch.zeros_like(self._highest)
-        self._mixed = torch.zeros((*shape, value_head_dim), dtype=dtype, device=device)
+        self._shape, self._channels = shape, value_head_dim
+        self._made: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None  # highest, total, mixed, as in a part
 
     def add_sinks(self, scores: Tensor) -> None:
         """Add attention sinks: scores that take their share of the softmax and bring no value.
 
-        They come first. (Xiao et al., arXiv 2309.17453; learned ones as in gpt-oss, arXiv 2508.10925.)
+        (Xiao et al., arXiv 2309.17453; learned ones as in gpt-oss, arXiv 2508.10925.)
 
         Args:
             scores: ``[batch or 1, kv_heads, groups, 1, 1]``.
         """
-        self._highest = self._highest.maximum(scores.to(self._highest.dtype))
-        self._total = self._total + 1
+        highest = scores.to(**self._made).expand(*self._shape, 1)
+        self._absorb(highest, torch.ones_like(highest), highest.new_zeros((*self._shape, self._channels)))
 
     def add(self, scores: Tensor, values: Tensor) -> None:
         """Add tokens with these scores.
@@ -143,36 +143,45 @@ class Running:
             values: ``[batch, kv_heads, tokens, value_head_dim]``.
         """
         highest = scores.amax(-1, keepdim=True)
-        raised = torch.maximum(self._highest, highest)
-        # While nothing may be seen the maximum is -inf, and -inf - -inf would be NaN.
-        reference = raised.masked_fill(raised == -torch.inf, 0.0)
-        weights = (scores - reference).exp_()
-        part = weights.flatten(2, 3) @ values
-        self._raise_to(raised, reference)
-        self._total += weights.sum(-1, keepdim=True)
-        self._mixed += part.reshape(self._mixed.shape)
+        weights = (scores - _reference(highest)).exp_()
+        mixed = weights.flatten(2, 3) @ values
+        self._absorb(highest, weights.sum(-1, keepdim=True), mixed.reshape(*self._shape, self._channels))
 
     def merge(self, part: Part) -> None:
         """Add a part."""
-        shape = self._highest.shape
-        highest = part.highest.reshape(shape).to(self._highest.dtype)
-        raised = torch.maximum(self._highest, highest)
-        reference = raised.masked_fill(raised == -torch.inf, 0.0)
-        weight = (highest - reference).exp_()
-        self._raise_to(raised, reference)
-        self._total += part.total.reshape(shape) * weight
-        self._mixed += part.mixed.reshape(self._mixed.shape) * weight
+        shape = (*self._shape, 1)
+        mixed = part.mixed.reshape(*self._shape, self._channels)
+        self._absorb(part.highest.reshape(shape), part.total.reshape(shape), mixed)
 
-    def _raise_to(self, raised: Tensor, reference: Tensor) -> None:
-        kept = (self._highest - reference).exp_()
-        self._highest, self._total, self._mixed = raised, self._total * kept, self._mixed * kept
+    def _absorb(self, highest: Tensor, total: Tensor, mixed: Tensor) -> None:
+        if self._sums is None:
+            self._sums = highest.to(**self._made), total.to(**self._made), mixed.to(**self._made)
+            return
+        before, held, sums = self._sums
+        raised = torch.maximum(before, highest)
+        reference = _reference(raised)
+        kept, added = (before - reference).exp_(), (highest - reference).exp_()
+        self._sums = raised, held * kept + total * added, sums * kept + mixed * added
 
     def part(self) -> Part:
         """Return all that was added as one part."""
-        batch, kv_heads, groups, queries, channels = self._mixed.shape
+        batch, kv_heads, groups, queries = self._shape
+        highest, total, mixed = self._all()
         rows = (batch, kv_heads, groups * queries)
-        return Part(self._highest.reshape(rows), self._total.reshape(rows), self._mixed.reshape(*rows, channels))
+        return Part(highest.reshape(rows), total.reshape(rows), mixed.reshape(*rows, self._channels))
 
     def result(self) -> Tensor:
         """Return the attention, ``[batch, kv_heads, groups, query_tokens, value_head_dim]``; zeros of nothing seen."""
-        return self._mixed / self._total.masked_fill(self._total == 0, 1.0)
+        _, total, mixed = self._all()
+        return mixed / total.masked_fill(total == 0, 1.0)
+
+    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._sums is not None:
+            return self._sums
+        highest = torch.full((*self._shape, 1), -torch.inf, **self._made)
+        return highest, torch.zeros_like(highest), highest.new_zeros((*self._shape, self._channels))
+
+
+def _reference(highest: Tensor) -> Tensor:
+    """Return what scores are taken relative to; where nothing may be seen, -inf - -inf would be NaN."""
+    return highest.masked_fill(highest == -torch.inf, 0.0)
