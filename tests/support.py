@@ -95,8 +95,8 @@ def exact_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
-        tokens = torch.arange(scores.shape[3])
-        scores = scores.masked_fill(tokens > torch.arange(scores.shape[2])[:, None], -torch.inf)
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     if sinks is not None:
