@@ -37,6 +37,7 @@ _MIB = 1 << 20
     default=False,
     help="No model: cache and attention alone, in the shape of the random model's layers.",
 )
+@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option("--steps", default=8, show_default=True, help="Decode steps timed in a round.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds, in each of which every cache has its turn.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
@@ -119,6 +120,8 @@ def _show(report: BenchReport) -> None:
     if report.floor is not None:
         floor = _spread(report.floor, 1000, 1)
         screen.print(f"The model alone, over a cache of one token, takes {floor} ms a step.", markup=False)
+    if options.batch > 1:
+        screen.print(f"{options.batch} sequences at once.", markup=False)
     for context in options.contexts:
         screen.print(_table(context, [result for result in report.results if result.context == context]))
     screen.print(_legend(report), markup=False)

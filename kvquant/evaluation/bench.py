@@ -77,6 +77,7 @@ class BenchOptions:
         model: name or folder of a model, None for `synthetic`.
         synthetic: shape of the model where none is named.
         attention: measure cache and attention alone, in the shape of `synthetic`, and not a model.
+        batch: sequences at once.
         steps: decode steps timed in a round.
         rounds: rounds, in each of which every cache has its turn.
         dtype: name of the floating type of weights and states.
@@ -95,6 +96,7 @@ class BenchOptions:
     model: str | None = None
     synthetic: SyntheticModel = field(default_factory=SyntheticModel)
     attention: bool = False
+    batch: int = 1
     steps: int = 8
     rounds: int = 3
     dtype: str = "float32"
@@ -105,7 +107,7 @@ class BenchOptions:
     prefill: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rounds"):
+        for name in ("batch", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise OptionValueError(name, getattr(self, name), "at least 1")
         if self.threads is not None and self.threads < 1:
@@ -222,9 +224,9 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 def _subject(options: BenchOptions) -> Subject:
     tokens = max(options.contexts) + options.steps
     if options.attention:
-        return AttentionSubject(options.synthetic, tokens, options.dtype, options.device, options.seed)
+        return AttentionSubject(options.synthetic, tokens, options.dtype, options.device, options.seed, options.batch)
     model = options.synthetic if options.model is None else options.model
-    return ModelSubject(model, tokens, options.dtype, options.device, options.seed)
+    return ModelSubject(model, tokens, options.dtype, options.device, options.seed, options.batch)
 
 
 def _room(options: BenchOptions, context: int) -> int:

@@ -116,11 +116,15 @@ class Subject(ABC):
     Attributes:
         device: where it is.
         config: the config that caches are made for.
+        dtype: of states.
+        batch: sequences at once.
+        seed: of states.
     """
 
     device: torch.device
     config: PreTrainedConfig
     dtype: torch.dtype
+    batch: int
     seed: int
 
     @property
@@ -137,11 +141,11 @@ class Subject(ABC):
         """Decode a token."""
 
     def history(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return random states ``[1, kv_heads, tokens, head_dim]`` for each layer; layers of one shape share them."""
+        """Return random states ``[batch, kv_heads, tokens, head_dim]`` for each layer; those of one shape share them."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def states(shape: tuple[int, int]) -> Tensor:
-            size = (1, shape[0], tokens, shape[1])
+            size = (self.batch, shape[0], tokens, shape[1])
             return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
         made = {pair: (states(pair[0]), states(pair[1])) for pair in dict.fromkeys(self.shapes)}
@@ -195,7 +199,9 @@ class ModelSubject(Subject):
         model: the model.
     """
 
-    def __init__(self, model: str | SyntheticModel, tokens: int, dtype: str, device: str, seed: int) -> None:
+    def __init__(
+        self, model: str | SyntheticModel, tokens: int, dtype: str, device: str, seed: int, batch: int = 1
+    ) -> None:
         """Load or make the model, and run it once.
 
         Args:
@@ -204,13 +210,14 @@ class ModelSubject(Subject):
             dtype: name of the floating type of weights and states.
             device: torch device.
             seed: of weights and states.
+            batch: sequences at once.
 
         Raises:
             OptionValueError: the model has fewer positions.
             UnsupportedError: it has layers whose state is not one of keys and values.
             ModelLoadError: it cannot be loaded.
         """
-        self.seed, self.device = seed, torch.device(device)
+        self.seed, self.device, self.batch = seed, torch.device(device), batch
         positions = tokens + _FLUSH_ROOM
         torch.manual_seed(seed)
         if isinstance(model, str):
@@ -227,7 +234,7 @@ class ModelSubject(Subject):
             self._name, loaded = "random weights", model.make(positions)
         self.model = loaded.to(device=self.device, dtype=getattr(torch, dtype)).eval()
         self.config, self.dtype = self.model.config, self.model.dtype
-        self._token = torch.ones((1, 1), dtype=torch.int64, device=self.device)
+        self._token = torch.ones((batch, 1), dtype=torch.int64, device=self.device)
         self._shapes = self._state_shapes()
 
     @property
@@ -255,7 +262,7 @@ class ModelSubject(Subject):
         """Return the shapes as a short run through the model shows them."""
         cache = DynamicCache(config=self.config)
         with torch.no_grad():
-            self.model(input_ids=self._token.expand(1, 2), past_key_values=cache, use_cache=True)
+            self.model(input_ids=self._token.expand(self.batch, 2), past_key_values=cache, use_cache=True)
         shapes = []
         for index, layer in enumerate(cache.layers):
             pair = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -274,7 +281,7 @@ class ModelSubject(Subject):
         """Run random tokens through the model into an empty cache."""
         ids = torch.randint(
             self.config.get_text_config(decoder=True).vocab_size,
-            (1, tokens),
+            (self.batch, tokens),
             generator=torch.Generator().manual_seed(self.seed),
         ).to(self.device)
         update, inside = cache.update, 0.0
@@ -310,7 +317,7 @@ class AttentionSubject(Subject):
     Attention is called as transformers' models call it, by its function for ``sdpa``.
     """
 
-    def __init__(self, shape: SyntheticModel, tokens: int, dtype: str, device: str, seed: int) -> None:
+    def __init__(self, shape: SyntheticModel, tokens: int, dtype: str, device: str, seed: int, batch: int = 1) -> None:
         """Make random queries and states.
 
         Args:
@@ -319,12 +326,14 @@ class AttentionSubject(Subject):
             dtype: name of the floating type of the states.
             device: torch device.
             seed: of the numbers.
+            batch: sequences at once.
         """
-        self.seed, self.device, self.dtype, self._shape = seed, torch.device(device), getattr(torch, dtype), shape
+        self.seed, self.device, self.batch = seed, torch.device(device), batch
+        self.dtype, self._shape = getattr(torch, dtype), shape
         self.config = shape.config(tokens + _FLUSH_ROOM)
         self._layer = _Layer(shape.heads // shape.kv_heads)
         generator = torch.Generator().manual_seed(seed)
-        size = (1, shape.heads + 2 * shape.kv_heads, 1, shape.head_dim)
+        size = (batch, shape.heads + 2 * shape.kv_heads, 1, shape.head_dim)
         states = torch.randn(size, generator=generator).to(self.device, self.dtype)
         self._query, self._keys, self._values = states.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
 

@@ -106,7 +106,7 @@ def test_defaults_are_those_of_the_library() -> None:
     library = BenchOptions()
     assert (defaults["caches"], defaults["contexts"]) == (DEFAULT_CACHES, DEFAULT_CONTEXTS)
     assert {name: defaults[name] for name in vars(SyntheticModel())} == vars(SyntheticModel())
-    for name in ("steps", "rounds", "dtype", "device", "seed", "memory", "prefill", "attention"):
+    for name in ("batch", "steps", "rounds", "dtype", "device", "seed", "memory", "prefill", "attention"):
         assert defaults[name] == getattr(library, name)
     dtype = next(option for option in bench.params if option.name == "dtype")
     assert tuple(dtype.type.choices) == DTYPES

@@ -106,6 +106,7 @@ class TestNames:
         "option",
         [
             {"steps": 0},
+            {"batch": 0},
             {"rounds": 0},
             {"contexts": ()},
             {"contexts": (0,)},
@@ -304,6 +305,16 @@ class TestReport:
             subject.decode(cache)
         assert len(outputs) == 2 * TINY.layers
         torch.testing.assert_close(outputs[0], outputs[2])
+
+    @pytest.mark.parametrize("attention", [True, False])
+    def test_several_sequences_at_once(self, attention: bool) -> None:
+        """Each takes its own bytes."""
+        sizes = [
+            bench(tiny("dynamic,kvquant:reference:4", contexts=(64,), batch=batch, attention=attention)).results
+            for batch in (1, 3)
+        ]
+        assert 3 * sizes[0][0].cache_bytes == sizes[1][0].cache_bytes
+        assert all(made.step is not None for made in sizes[1])
 
     def test_a_real_prefill(self) -> None:
         """What the cache adds is its own time beyond dynamic's, over the model's."""
