@@ -8,6 +8,22 @@ from torch import Tensor
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
 
+#: Options of a config whose model is made in no time, without an end of text, so that it generates as long as asked.
+SMALL_MODEL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 1,
+}
+
+
 class MinMax:
     """The simplest affine quantiser; written out here so that tests do not lean on the backend they test."""
 

@@ -141,7 +141,7 @@ class Subject(ABC):
         """Decode a token."""
 
     def history(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return random states ``[batch, kv_heads, tokens, head_dim]`` for each layer; those of one shape share them."""
+        """Return random states ``[batch, kv_heads, tokens, head_dim]`` for each layer; layers alike share them."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def states(shape: tuple[int, int]) -> Tensor:

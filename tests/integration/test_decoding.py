@@ -7,31 +7,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3C
 from kvquant import QuantizedCache
 from kvquant.attention.counters import counters
 from kvquant.attention.kernels import VARIABLE
+from tests.support import SMALL_MODEL
 
 pytest.importorskip("numba", reason="numba is not installed")
 
 NEW_TOKENS = 12
 PROMPT = 90
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": 1,
-}
-
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "mistral": MistralConfig(**SHAPE, sliding_window=None),
-    "qwen3": Qwen3Config(**SHAPE),
-    "phi3": Phi3Config(**SHAPE),
+    "llama": LlamaConfig(**SMALL_MODEL),
+    "mistral": MistralConfig(**SMALL_MODEL, sliding_window=None),
+    "qwen3": Qwen3Config(**SMALL_MODEL),
+    "phi3": Phi3Config(**SMALL_MODEL),
 }
 
 #: Mode of generation -> whether some prompts are padded on the left, and options of `generate`.

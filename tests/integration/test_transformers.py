@@ -9,21 +9,9 @@ from kvquant import QuantizedCache
 from kvquant.attention.counters import counters
 from kvquant.attention.kernels import VARIABLE
 from kvquant.errors import UnsupportedError
+from tests.support import SMALL_MODEL
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": 1,
-    "layer_types": ["full_attention"] * 2,
-}
+SHAPE = {**SMALL_MODEL, "layer_types": ["full_attention"] * 2}
 
 CONFIGS = {
     # A cap low enough to bend the scores of random weights.
@@ -105,7 +93,7 @@ def test_it_decodes_over_packed_tokens(models, kernel, padded, monkeypatch):
 
 def test_what_has_neither_goes_to_torch(installed):
     """Other models may use it too, and then it is sdpa."""
-    config = LlamaConfig(**{name: value for name, value in SHAPE.items() if name != "layer_types"})
+    config = LlamaConfig(**SMALL_MODEL)
     torch.manual_seed(0)
     ours = AutoModelForCausalLM.from_config(config, attn_implementation="kvquant").eval()
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
