@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
-
 #: Options of a config whose model is made in no time, without an end of text, so that it generates as long as asked.
 SMALL_MODEL = {
     "vocab_size": 128,
