@@ -60,15 +60,19 @@ def attention_forward(
         ``[batch, query_tokens, query_heads, value_head_dim]``, and None in place of the weights.
 
     Raises:
-        UnsupportedError: there is dropout, or a bias by position, together with `softcap` or `s_aux`.
+        UnsupportedError: there is dropout, a bias by position or a paged cache together with `softcap` or `s_aux`.
     """
     if softcap is None and s_aux is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
         )
         return out
-    beside = {"dropout": dropout, "position_bias": others.get("position_bias")}
-    reasons = [f"{name} cannot be combined with soft-capping or sinks" for name, part in beside.items() if part]
+    beside = {
+        "dropout": dropout != 0,
+        "a bias by position": others.get("position_bias") is not None,
+        "continuous batching": others.get("cache") is not None,  # its paged cache is updated by the attention
+    }
+    reasons = [f"{name} cannot be combined with soft-capping or sinks" for name, there in beside.items() if there]
     if reasons:
         raise UnsupportedError(f"attn_implementation={NAME!r}", [*reasons, "attn_implementation='eager' can do that"])
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))

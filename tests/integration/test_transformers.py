@@ -101,6 +101,16 @@ def test_what_has_neither_goes_to_torch(installed):
     assert torch.equal(ours(**prompt()).logits, theirs(**prompt()).logits)
 
 
+@pytest.mark.parametrize(
+    ("option", "named"), [("position_bias", "a bias by position"), ("cache", "continuous batching")]
+)
+def test_what_it_cannot_combine_is_refused(option, named):
+    """Nothing is left out without a word."""
+    states = torch.zeros(1, 1, 1, 16)
+    with pytest.raises(UnsupportedError, match=named):
+        integration.attention_forward(torch.nn.Module(), states, states, states, None, softcap=1.0, **{option: states})
+
+
 def test_dropout_is_refused(installed):
     """With a way out."""
     model = AutoModelForCausalLM.from_config(
