@@ -4,8 +4,8 @@ The reference is computed in float64 from the dequantised states. A score is a s
 numbers that may be as large as code * scale and offset are on their own, and an output a weighted mean: some hundred
 roundings of 6e-8 at most, at the size of the states.
 
-Each case below costs a compilation, so what shapes the loops is covered by chosen cases, every width, axis, format and
-head size among them, and what varies at run time is tried on all of them.
+Each kind of stream costs a compilation, so what shapes the loops is covered by chosen kinds, every width, axis, format
+and head size among them, and what varies from call to call is drawn at random.
 """
 
 import os
@@ -16,7 +16,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -127,6 +127,48 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
         check(layer, query, torch.randn(1, heads * groups, queries, tokens))
         check(layer, query, torch.zeros(batch, 1, queries, tokens).masked_fill(~padding, -torch.inf))
         check(layer, query, torch.zeros(queries, tokens).masked_fill(~padding[0, 0], torch.finfo(torch.float32).min))
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    batch=st.integers(1, 3),
+    queries=st.sampled_from([1, 4, 16]),  # others would compile more kernels
+    tokens=st.integers(120, 700),
+    masking=st.sampled_from(["none", "bool", "additive", "per head", "row", "padding", "causal"]),
+    scale=st.sampled_from([None, 0.3]),
+    softcap=st.sampled_from([None, 3.0]),
+    sinks=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    sink_length=st.sampled_from([0, 5]),
+    rotations=st.tuples(*[st.sampled_from([None, "hadamard", "random"])] * 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_fused_equals_dequantised(
+    kind, batch, queries, tokens, masking, scale, softcap, sinks, dtype, sink_length, rotations, seed
+):
+    """For all that varies from call to call, over every kind of stream."""
+    torch.manual_seed(seed)
+    layer, _ = filled(
+        kind,
+        tokens,
+        batch=batch,
+        dtype=dtype,
+        sink_length=sink_length,
+        rotation_key=rotations[0],
+        rotation_value=rotations[1],
+    )
+    heads = 2 * kind.groups
+    query = torch.randn(batch, heads, queries, kind.widths[0]).to(dtype)
+    mask = {
+        "bool": torch.rand(batch, 1, queries, tokens) > 0.4,
+        "additive": torch.randn(batch, 1, queries, tokens).to(dtype),
+        "per head": torch.rand(1, heads, queries, tokens) > 0.4,
+        "row": torch.rand(queries, tokens) > 0.4,
+        "padding": torch.rand(batch, 1, 1, tokens) > 0.4,
+    }.get(masking)
+    extra = torch.randn(heads) if sinks else None
+    check(layer, query, mask, is_causal=masking == "causal", scale=scale, softcap=softcap, sinks=extra)
 
 
 @pytest.mark.parametrize("rotations", [("hadamard", None), (None, "random"), ("random", "hadamard")], ids=str)
