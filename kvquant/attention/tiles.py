@@ -97,9 +97,9 @@ def attend(
     for first in range(0, query.shape[2], QUERY_TOKENS):
         last = min(first + QUERY_TOKENS, query.shape[2])
         rows = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., first:last, :]
-        seen = torch.arange(first, last, device=query.device)[:, None] if is_causal else None
+        position = first if is_causal else None
         out[:, :, first:last] = _attend(
-            query[:, :, first:last], keys, values, rows, seen, scale, softcap, sinks, kernel
+            query[:, :, first:last], keys, values, rows, position, scale, softcap, sinks, kernel
         )
     return out
 
@@ -109,13 +109,13 @@ def _attend(
     keys: Store | Exact,
     values: Store | Exact,
     mask: Tensor | None,
-    seen: Tensor | None,
+    position: int | None,
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
     kernel: Kernel | None,
 ) -> Tensor:
-    """Attend for a few query tokens; `seen` ``[query_tokens, 1]`` is the last token that each may see, if causal."""
+    """Attend for a few query tokens; if causal, the first of them sees the tokens up to `position`."""
     batch, query_heads, queries, head_dim = query.shape
     groups = query_heads // keys.kv_heads
     scale = head_dim**-0.5 if scale is None else scale
@@ -124,6 +124,7 @@ def _attend(
     exact = torch.promote_types(keys.compute_dtype, torch.float32)
     folded = (query.to(exact) * scale).reshape(batch, keys.kv_heads, groups * queries, head_dim)
     masked = None if mask is None else _grouped_mask(mask, shape)
+    seen = None if position is None else torch.arange(position, position + queries, device=query.device)[:, None]
 
     running = Running(shape, values.head_dim, exact, query.device)
     if sinks is not None:
@@ -138,6 +139,8 @@ def _attend(
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * queries)):
         if start in body:
             continue
+        if position is not None and start >= position + queries:
+            break  # causality hides this tile and all behind it
         scores = _scores(folded, keys.tile(start, stop).to(exact), shape, softcap)
         running.add(
             _hidden(scores, masked, seen, start, stop),
