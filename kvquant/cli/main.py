@@ -6,12 +6,12 @@ Exit codes: 0 fine, 1 the thing asked for failed, 2 bad usage.
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from typing import Any
 
 import click
 
 from kvquant._version import __version__
+from kvquant.cli.lazy import LazyGroup
 from kvquant.errors import ConfigError, KVQuantError
 
 #: Command -> its module, its object there, and its line in the list of commands.
@@ -26,29 +26,13 @@ COMMANDS = {
         "Compare backends on the same states: bits, error, speed.",
     ),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
+    "eval": ("kvquant.cli.eval", "evaluate", "Measure what quantised caches keep: perplexity, needle."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they run, not when they are listed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 # click's signature
-        """Return the names of all commands."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 # click's signature
-        """Import and return a command, or None if there is none of that name."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 # as above
-        """Write the list of commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+class Main(LazyGroup):
+    """All commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command: errors that kvquant raises on purpose become one message and an exit code.
@@ -65,7 +49,7 @@ class LazyGroup(click.Group):
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Main, places=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kvquant", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

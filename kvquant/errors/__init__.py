@@ -8,6 +8,7 @@ attributes, so that code need not parse text::
     │   ├── UnknownOptionError              a misspelt option or preset
     │   ├── OptionValueError                a value that can never work
     │   ├── UnsupportedError                a value that this backend or model cannot do
+    │   ├── JournalSettingsError            results of a run with other settings
     │   └── PluginNameError                 a name that a new plugin cannot have
     │       └── PluginNameTakenError        ... because an installed backend has it
     ├── BackendError                        a backend, or the declaration of one
@@ -34,6 +35,8 @@ attributes, so that code need not parse text::
     ├── ModelLoadError (OSError)            a model that could not be loaded
     ├── ProjectFolderError (OSError)        a folder that a new project cannot be written to
     ├── MissingExtraError (ImportError)     a library that only an extra brings
+    ├── MalformedLineError (ValueError)     a line of a JSONL file that is not what it should be
+    ├── OutOfMemoryError (MemoryError)      memory ran out in an evaluation
     └── PendingAssignmentError (RuntimeError)  keys were assigned, and values that fit them were not
 """
 
@@ -48,6 +51,11 @@ from kvquant.errors.config import (
     OptionValueError,
     UnknownOptionError,
     UnsupportedError,
+)
+from kvquant.errors.evaluation import (
+    JournalSettingsError,
+    MalformedLineError,
+    OutOfMemoryError,
 )
 from kvquant.errors.registry import (
     BackendError,
@@ -92,6 +100,9 @@ __all__ = [
     "OptionValueError",
     "UnknownOptionError",
     "UnsupportedError",
+    "JournalSettingsError",
+    "MalformedLineError",
+    "OutOfMemoryError",
     "BackendError",
     "BackendExistsError",
     "BackendFactoryError",

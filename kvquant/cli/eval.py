@@ -1,0 +1,19 @@
+"""`kvquant eval`: what quantised caches keep, measured on a model. Each measure is a command in a file of its own."""
+
+from __future__ import annotations
+
+import click
+
+from kvquant.cli.lazy import LazyGroup, Place
+
+#: Command -> its module, its object there, and its line in the list of commands.
+EVALUATIONS: dict[str, Place] = {}
+
+
+@click.group("eval", cls=LazyGroup, places=EVALUATIONS)
+def evaluate() -> None:
+    """Measure what quantised caches keep, beside the full-precision one.
+
+    Every measure runs on any transformers model (--model), without one on the small model that kvquant ships, and
+    compares any caches (--backends). With --output FILE.jsonl an interrupted run goes on where it stopped.
+    """
