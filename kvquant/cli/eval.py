@@ -7,7 +7,13 @@ import click
 from kvquant.cli.lazy import LazyGroup, Place
 
 #: Command -> its module, its object there, and its line in the list of commands.
-EVALUATIONS: dict[str, Place] = {}
+EVALUATIONS: dict[str, Place] = {
+    "perplexity": (
+        "kvquant.cli.eval_perplexity",
+        "perplexity",
+        "Perplexity, KL divergence and agreement through the cache.",
+    ),
+}
 
 
 @click.group("eval", cls=LazyGroup, places=EVALUATIONS)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from kvquant._version import __version__
+from kvquant.attention.kernels import describe
 from kvquant.demo import MODEL_DIR
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
@@ -80,7 +81,7 @@ class LoadedModel:
             raise OptionValueError(option, context, f"at most {self.positions} tokens, the context of {self.name!r}")
 
     def settings(self) -> dict[str, Any]:
-        """Return what results depend on, in plain builtins: weights, config, type, device and versions."""
+        """Return what results depend on, in plain builtins: weights, config, type, where it runs, versions."""
         config = {
             name: value
             for name, value in self.model.config.to_dict().items()
@@ -93,6 +94,8 @@ class LoadedModel:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.device.type,
             "attention": attention,
+            "kernel": describe(self.device.type).partition(";")[0],
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "versions": _versions(),
         }
 

@@ -1,0 +1,114 @@
+"""How sure a mean over a few windows, or a few questions, is: bootstrap confidence intervals.
+
+Windows are drawn again with replacement, whole, because tokens of one window share a history and are no independent
+samples. Figures of two caches on the same windows are drawn together, so that what is hard for both cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvquant.errors import MissingExtraError
+
+FloatArray = npt.NDArray[np.float64]
+#: Figures of windows ``[..., windows]``, one array for each cache -> the figure ``[...]`` that an interval is for.
+Statistic = Callable[..., Any]
+
+#: Share of intervals that hold the true value, as far as the method goes.
+CONFIDENCE = 0.95
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its confidence interval; `low` and `high` are None where one window says nothing of others."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def require_scipy() -> None:
+    """Raise before long work what a bootstrap would raise after it.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    if find_spec("scipy") is None:
+        raise MissingExtraError("scipy", "pip install 'kvquant[eval]'")
+
+
+def estimate(statistic: Statistic, *samples: Sequence[float], seed: int = 0) -> Estimate:
+    """Return a figure of paired samples with its interval.
+
+    The interval is the bias-corrected and accelerated bootstrap (Efron, "Better bootstrap confidence intervals", 1987)
+    of `scipy.stats.bootstrap`, and where that is not defined the percentile bootstrap.
+
+    Args:
+        statistic: what is wanted, of arrays ``[..., windows]`` along their last axis.
+        samples: a figure for each window, of one or more caches, all of one length.
+        seed: of the draws.
+    """
+    data = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    value = float(statistic(*data, axis=-1))
+    if len(data[0]) < 2:
+        return Estimate(value)
+    if all(np.ptp(sample) == 0 for sample in data):
+        return Estimate(value, value, value)
+    for method in ("BCa", "percentile"):
+        low, high = _interval(statistic, data, method, seed)
+        if np.isfinite(low) and np.isfinite(high):
+            return Estimate(value, low, high)
+    return Estimate(value)
+
+
+def _interval(statistic: Statistic, data: list[FloatArray], method: str, seed: int) -> tuple[float, float]:
+    import warnings
+
+    from scipy.stats import bootstrap
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of samples so alike that the method is not defined: the caller looks
+        found = bootstrap(
+            data,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=_RESAMPLES,
+            batch=1000,
+            confidence_level=CONFIDENCE,
+            method=method,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def mean(sample: FloatArray, axis: int = -1) -> Any:
+    """Return the mean."""
+    return sample.mean(axis=axis)
+
+
+def ratio_of_means(sample: FloatArray, base: FloatArray, axis: int = -1) -> Any:
+    """Return the mean of one sample over that of another."""
+    return sample.mean(axis=axis) / base.mean(axis=axis)
+
+
+def perplexity(nll: FloatArray, axis: int = -1) -> Any:
+    """Return ``exp(mean negative log-likelihood)``."""
+    return np.exp(nll.mean(axis=axis))
+
+
+def perplexity_difference(nll: FloatArray, base: FloatArray, axis: int = -1) -> Any:
+    """Return the perplexity of one sample less that of another."""
+    return perplexity(nll, axis) - perplexity(base, axis)
+
+
+def perplexity_change(nll: FloatArray, base: FloatArray, axis: int = -1) -> Any:
+    """Return the perplexity of one sample over that of another, less 1."""
+    return np.expm1((nll - base).mean(axis=axis))
