@@ -67,13 +67,14 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     from kvquant.cli.console import progress_bar
     from kvquant.demo import HELDOUT_FILE
     from kvquant.engine.config import device_name
-    from kvquant.evaluation.figures import plot_perplexity, require_matplotlib
+    from kvquant.evaluation.figures import plot_perplexity
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
     from kvquant.evaluation.measure import describe_machine, steady
     from kvquant.evaluation.perplexity import measure_perplexity, plan, run_settings, work
+    from kvquant.evaluation.plots import check_plot
 
-    require_matplotlib(plot)
+    check_plot(plot)
     device_name(chosen["device"])
     caches, left_out = candidates(chosen)
     model, device, dtype, threads = (chosen.pop(name) for name in ("model", "device", "dtype", "threads"))
@@ -90,6 +91,7 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
         machine = describe_machine(device)
     if plot is not None:
         plot_perplexity(report, plot)
+        click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps({"machine": machine, "model": loaded.name, **report.to_dict()}, indent=2))
     else:

@@ -25,18 +25,15 @@ from kvquant.errors import (
     UnknownBackendError,
     UnknownOptionError,
     UnsupportedError,
-    listing,
 )
-from kvquant.evaluation.contenders import cache_bytes, one_line
+from kvquant.evaluation.contenders import Contender, cache_bytes, one_line
 from kvquant.evaluation.measure import held_bytes
 from kvquant.plugin.capabilities import AXES
 from kvquant.registry import find_backend, list_backends
 
 FULL = "full"
 _TRANSFORMERS = "transformers"
-#: Backends of transformers' own quantised cache, and the widths of each; the first is taken where none is given.
-TRANSFORMERS_NBITS = {"quanto": (4, 2), "hqq": (4, 1, 2, 3, 8), "fp8": (8,)}
-#: Its options, as kvquant calls them, and as it does. Its axes are integers with meanings of their own.
+#: Options of transformers' own quantised cache, as kvquant calls them, and as it does. Its axes are integers with meanings of their own.
 _TRANSFORMERS_OPTIONS = {
     "axis_key": "axis_key",
     "axis_value": "axis_value",
@@ -195,27 +192,25 @@ def _kvquant(part: str, name: str, details: list[str], shared: Mapping[str, Any]
 
 
 def _transformers(part: str, details: list[str]) -> list[Candidate]:
-    backend, details = (details[0], details[1:]) if details else ("", [])
-    if backend not in TRANSFORMERS_NBITS:
-        raise UnknownOptionError("transformers backend", backend, TRANSFORMERS_NBITS)
-    widths, axes, options = _read(part, details)
-    known = TRANSFORMERS_NBITS[backend]
-    for nbits in widths:
-        if nbits not in known:
-            raise OptionValueError("backends", part, f"bits from {listing(sorted(known))} for transformers' {backend}")
+    named = details[:1] if details and not _is_detail(details[0]) else []
+    widths, axes, options = _read(part, details[len(named) :])
     if axes:
         raise OptionValueError("backends", part, "axis_key and axis_value as integers, as transformers means them")
     options = rename_options(options, _TRANSFORMERS_OPTIONS)
-    if backend == "fp8" and options:
-        raise OptionValueError("backends", part, "'transformers:fp8' without options: it has none")
+    written = [f"{name}={_written(value)}" for name, value in options.items()]
     candidates = []
-    for nbits in widths or known[:1]:
+    for width in [[str(nbits)] for nbits in widths] or [[]]:
+        try:
+            cache = Contender.parse(":".join([_TRANSFORMERS, *named, *width]))
+        except OptionValueError as cause:
+            raise OptionValueError("backends", part, cause.expected) from cause
         arguments = {_TRANSFORMERS_OPTIONS[name]: value for name, value in options.items()}
-        if backend != "fp8":
-            arguments["nbits"] = nbits
-        written = (f"{name}={_written(value)}" for name, value in options.items())
-        label = ":".join([_TRANSFORMERS, backend, str(nbits), *written])
-        candidates.append(Candidate(label, _TRANSFORMERS, {"backend": backend, **arguments}))
+        if cache.backend != "fp8":
+            arguments["nbits"] = cache.nbits
+        elif options:
+            raise OptionValueError("backends", part, "'transformers:fp8' without options: it has none")
+        label = ":".join([cache.label, *written])
+        candidates.append(Candidate(label, _TRANSFORMERS, {"backend": cache.backend, **arguments}))
     return candidates
 
 

@@ -1,50 +1,19 @@
-"""Plots of what evaluations measured, as PNG files (or whatever else the file's ending asks matplotlib for)."""
+"""Pictures of what evaluations measured, as PNG files; `kvquant.evaluation.plots.check_plot` says what must be there."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvquant.errors import MissingExtraError, OptionValueError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from kvquant.evaluation.perplexity import PerplexityReport, PerplexityRow
 
 _DPI = 150
 _MARKERS = "osD^vPX*<>"
-
-
-def require_matplotlib(path: Path | None) -> None:
-    """Raise before long work what drawing to `path` would raise after it; None draws nothing.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OptionValueError: it writes no such files, or there is no such folder.
-    """
-    if path is None:
-        return
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "pip install 'kvquant[eval]'")
-    from matplotlib.figure import Figure
-
-    endings = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix.lower().removeprefix(".") not in endings:
-        raise OptionValueError("plot", str(path), f"a file that ends in .png, or in one of {', '.join(endings)}")
-    if not path.resolve().parent.is_dir():
-        raise OptionValueError("plot", str(path), "a file in a folder that exists")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=_DPI)
-    except OSError as cause:
-        raise OptionValueError("plot", str(path), f"a file that can be written ({cause.strerror or cause})") from cause
 
 
 # ------------------------------------------------------------------------------------------------ perplexity
@@ -80,7 +49,7 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower left", ncols=min(3, max(1, len(labels))), fontsize=8, frameon=False
     )
-    _save(figure, path)
+    figure.savefig(path, dpi=_DPI)
 
 
 def _draw(panel: Axes, name: str, points: Sequence[PerplexityRow], index: int) -> None:
