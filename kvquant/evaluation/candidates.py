@@ -33,7 +33,8 @@ from kvquant.registry import find_backend, list_backends
 
 FULL = "full"
 _TRANSFORMERS = "transformers"
-#: Options of transformers' own quantised cache, as kvquant calls them, and as it does. Its axes are integers with meanings of their own.
+#: Options of transformers' own quantised cache, as kvquant calls them, and as it does. Its axes are integers with
+#: meanings of their own.
 _TRANSFORMERS_OPTIONS = {
     "axis_key": "axis_key",
     "axis_value": "axis_value",

@@ -1,4 +1,4 @@
-"""Pictures of what evaluations measured, as PNG files; `kvquant.evaluation.plots.check_plot` says what must be there."""
+"""Pictures of what evaluations measured, as PNG files; `plots.check_plot` says beforehand what is missing."""
 
 from __future__ import annotations
 
