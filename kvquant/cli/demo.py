@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvquant.demo import MODEL_DIR, PROMPT_FILE
-from kvquant.errors import ModelLoadError, OptionValueError
+from kvquant.demo import PROMPT_FILE
+from kvquant.errors import OptionValueError
 
 if TYPE_CHECKING:
     from kvquant.evaluation.compare import Comparison
@@ -60,9 +60,12 @@ def demo(
 
     from kvquant.cli.console import progress_bar
     from kvquant.evaluation.compare import compare, total_steps
+    from kvquant.evaluation.loading import load_model
     from kvquant.evaluation.measure import describe_machine
 
-    loaded, tokenizer = _load(model or str(MODEL_DIR), device, dtype)
+    subject = load_model(model, device=device, dtype=dtype)
+    loaded, tokenizer = subject.model, subject.tokenizer
+    loaded.generation_config.pad_token_id = loaded.generation_config.pad_token_id or 0
     ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:
         raise OptionValueError("prompt", text, "some text")
@@ -87,20 +90,6 @@ def _widths(text: str) -> list[int]:
         raise click.BadParameter(
             f"{text!r} is not a width or a list of widths such as 4 or 8,4,2", param_hint="--nbits"
         ) from cause
-
-
-def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, AssertionError) as cause:
-        raise ModelLoadError(name, cause) from cause
-    model.generation_config.pad_token_id = model.generation_config.pad_token_id or 0
-    return model, tokenizer
 
 
 def _show(

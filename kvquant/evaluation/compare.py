@@ -16,6 +16,7 @@ from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.config import CacheConfig
 from kvquant.errors import OptionValueError
 from kvquant.evaluation.measure import held_bytes
+from kvquant.evaluation.teacher import forced_logits
 
 #: Called with the number of tokens done since the last call.
 Progress = Callable[[int], None]
@@ -190,15 +191,14 @@ def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, max_new_toke
     return Run(tokens, report.nbytes, clock.median_step(), report.bits_per_element, quantized, length)
 
 
-@torch.no_grad()
 def _forced(
     model: PreTrainedModel, prompt: Tensor, text: Sequence[int], cache: Cache, progress: Progress
 ) -> tuple[bool, ...]:
     """Say for each token of `text` whether it is the likeliest one through `cache`, given the text before it."""
-    step, agreed = prompt, []
-    for token in text:
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        agreed.append(int(logits[0, -1].argmax()) == token)
-        step = torch.tensor([[token]], device=prompt.device)
-        progress(1)
+    fed = torch.tensor([text[:-1]], dtype=prompt.dtype, device=prompt.device)
+    agreed: list[bool] = []
+    for logits in forced_logits(model, cache, torch.cat([prompt, fed], dim=1), prompt.shape[1]):
+        likeliest = logits.argmax(-1).tolist()
+        agreed += [best == token for best, token in zip(likeliest, text[len(agreed) :], strict=False)]
+        progress(len(likeliest))
     return tuple(agreed)
