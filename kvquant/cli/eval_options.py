@@ -24,7 +24,7 @@ _AXIS = click.Choice(["channel", "token"])
 
 
 def model_options(command: F) -> F:
-    """Add ``--model``, ``--device``, ``--dtype`` and ``--threads``."""
+    """Add ``--model``, ``--device``, ``--dtype``, ``--outliers`` and ``--threads``."""
     return _with(
         command,
         click.option("--model", metavar="NAME_OR_PATH", help="Any transformers causal model [default: shipped]."),
@@ -35,6 +35,13 @@ def model_options(command: F) -> F:
             default="float32",
             show_default=True,
             help="Type of the weights; auto takes the one that they are saved in.",
+        ),
+        click.option(
+            "--outliers",
+            type=int,
+            metavar="FACTOR",
+            help="Evaluate the model's outlier twin: some key channels 16 to FACTOR times larger, as large models "
+            "have them, and the matching queries smaller, which changes nothing in full precision.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="torch's threads."),
     )
@@ -82,6 +89,19 @@ def _with(command: F, *options: Callable[[F], F]) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def model(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Take what `load_model` wants out of the options chosen; the seed stays there too.
+
+    Raises:
+        OptionValueError: there is no such device.
+    """
+    from kvquant.engine.config import device_name
+
+    device_name(chosen["device"])
+    options = {name: chosen.pop(name) for name in ("device", "dtype", "outliers")}
+    return {"name": chosen.pop("model"), "seed": chosen["seed"], **options}
 
 
 def candidates(chosen: dict[str, Any]) -> tuple[tuple[Candidate, ...], list[str]]:

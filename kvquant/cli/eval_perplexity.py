@@ -12,6 +12,7 @@ from kvquant.cli.eval_options import (
     cache_options,
     candidates,
     interruptible,
+    model,
     model_options,
     results_only,
     run_options,
@@ -66,7 +67,6 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     """
     from kvquant.cli.console import progress_bar
     from kvquant.demo import HELDOUT_FILE
-    from kvquant.engine.config import device_name
     from kvquant.evaluation.figures import plot_perplexity
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
@@ -75,12 +75,11 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     from kvquant.evaluation.plots import check_plot
 
     check_plot(plot)
-    device_name(chosen["device"])
     caches, left_out = candidates(chosen)
-    model, device, dtype, threads = (chosen.pop(name) for name in ("model", "device", "dtype", "threads"))
+    subject, threads = model(chosen), chosen.pop("threads")
     options = _options(caches, chosen)
     with results_only(), steady(threads):
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = load_model(**subject)
         tokens = loaded.encode(_read(text or HELDOUT_FILE))
         total = work(plan(loaded, tokens, options), options)
         with (
@@ -88,12 +87,12 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
             progress_bar("Measuring", total, quiet=as_json) as progress,
         ):
             report = measure_perplexity(loaded, tokens, options, journal, progress)
-        machine = describe_machine(device)
+        machine = describe_machine(subject["device"])
     if plot is not None:
         plot_perplexity(report, plot)
         click.echo(f"Wrote {plot}", err=True)
     if as_json:
-        click.echo(json.dumps({"machine": machine, "model": loaded.name, **report.to_dict()}, indent=2))
+        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
     else:
         _show(report, loaded, machine, left_out)
 
@@ -122,8 +121,7 @@ def _show(report: PerplexityReport, loaded: LoadedModel, machine: dict[str, Any]
 
     out = console()
     out.print(machine_line(machine), style="dim", markup=False)
-    name = "the shipped model" if loaded.is_demo else loaded.name
-    out.print(f"{name}, {report.settings['model']['dtype']}", markup=False)
+    out.print(f"{loaded.title}, {report.settings['model']['dtype']}", markup=False)
     for context in dict.fromkeys(row.context for row in report.rows):
         rows = [row for row in report.rows if row.context == context]
         out.print(_table(rows))

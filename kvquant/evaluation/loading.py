@@ -20,6 +20,7 @@ from kvquant.demo import MODEL_DIR
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
 from kvquant.errors import ModelLoadError, OptionValueError
+from kvquant.evaluation.twin import outlier_twin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -37,11 +38,19 @@ class LoadedModel:
         name: the name or folder that it was loaded from.
         model: the model, in evaluation mode, on its device.
         tokenizer: its tokenizer.
+        outliers: the largest factor of its outlier channels if it is an outlier twin, else None.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: Any
+    outliers: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What to call it in a table."""
+        name = "the shipped model" if self.is_demo else self.name
+        return name if self.outliers is None else f"the outlier twin (factors up to {self.outliers}) of {name}"
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +99,7 @@ class LoadedModel:
         attention = self.model.config.get_text_config(decoder=True)._attn_implementation
         return {
             "weights": _fingerprint(self.model),
+            "outliers": self.outliers,
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -100,17 +110,27 @@ class LoadedModel:
         }
 
 
-def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+def load_model(
+    name: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    outliers: int | None = None,
+    seed: int = 0,
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: name or folder, None for the small model that kvquant ships.
         device: torch device.
         dtype: one of `DTYPES`; ``auto`` takes the one that the weights are saved in.
+        outliers: make it an outlier twin with factors up to this one, see `outlier_twin`.
+        seed: of the outlier twin.
 
     Raises:
-        OptionValueError: there is no such device or type.
+        OptionValueError: there is no such device or type, or a factor is none.
         ModelLoadError: the model or its tokenizer cannot be loaded.
+        UnsupportedError: no outlier twin can be made of this model.
     """
     if dtype not in DTYPES:
         raise OptionValueError("dtype", dtype, f"one of {', '.join(DTYPES)}")
@@ -122,7 +142,9 @@ def load_model(name: str | None = None, *, device: str = "cpu", dtype: str = "fl
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, AssertionError, KeyError, ImportError) as cause:
         raise ModelLoadError(name, cause) from cause
-    return LoadedModel(name, model, tokenizer)
+    if outliers is not None:
+        outlier_twin(model, outliers, seed=seed)
+    return LoadedModel(name, model, tokenizer, outliers)
 
 
 def hash_tokens(tokens: Sequence[int]) -> str:

@@ -73,7 +73,7 @@ def test_fresh_caches_of_every_kind():
             UnknownOptionError,
             "unknown backend 'hqqq'. Did you mean 'hqq'? Known backends: bitsandbytes, hqq,",
         ),
-        ("kivi-3", UnknownOptionError, "unknown backend 'kivi-3'. Did you mean 'kivi-2' or 'kivi-4'?"),
+        ("kivi-3", UnknownOptionError, "unknown backend 'kivi-3'. Did you mean 'kivi-"),
         ("reference:5", OptionValueError, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8."),
         ("", OptionValueError, "backends='' cannot work: expected BACKEND"),
         ("reference:2:3x", OptionValueError, "backends='reference:2:3x' cannot work: expected BACKEND"),
