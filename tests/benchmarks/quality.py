@@ -1,0 +1,209 @@
+"""What methods and options keep, on the shipped model and on its outlier twin: the figures of docs/quality.md.
+
+    python -m tests.benchmarks.quality --folder build/quality --pictures docs/images
+
+Prints one table for each question and model, in Markdown, and draws one picture for each question. Every cache is
+measured as `kvquant eval perplexity` does it; options that a name does not mention are those of `SHARED`, whatever the
+defaults are. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from kvquant.cli.console import machine_line
+from kvquant.demo import HELDOUT_FILE
+from kvquant.evaluation import intervals
+from kvquant.evaluation.candidates import parse_candidates
+from kvquant.evaluation.intervals import Estimate
+from kvquant.evaluation.journal import Journal
+from kvquant.evaluation.loading import LoadedModel, load_model
+from kvquant.evaluation.measure import describe_machine
+from kvquant.evaluation.perplexity import PerplexityOptions, PerplexityRow, measure_perplexity, run_settings
+
+CONTEXT = 1024
+#: KIVI's axes and window.
+SHARED = {
+    "axis_key": "channel",
+    "axis_value": "token",
+    "group_size": 64,
+    "residual_length": 128,
+    "sink_length": 0,
+}
+MODELS = {"model": None, "twin": 64}
+_COLOURS = {"model": "C0", "twin": "C3"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Caches that answer one question, as `kvquant eval perplexity --backends` takes them.
+
+    Attributes:
+        name: of its files.
+        title: what is asked.
+        caches: separated by commas.
+        versus: the cache that the others' KL divergence is compared with, pair by pair.
+    """
+
+    name: str
+    title: str
+    caches: str
+    versus: str
+
+
+QUESTIONS = (
+    Question(
+        "backends",
+        "Which backend, at which width?",
+        "reference:8:4:3:2:1,hqq:8:4:3:2:1,quanto:8:4:2,bitsandbytes:8:4,transformers:quanto:4:2,transformers:hqq:8:4:2",
+        "reference:2",
+    ),
+    Question(
+        "axes",
+        "Which axes?",
+        "reference:4:2,reference:4:2:axis_key=channel:axis_value=channel,"
+        "reference:4:2:axis_key=token:axis_value=token,reference:4:2:axis_key=token:axis_value=channel",
+        "reference:2",
+    ),
+    Question(
+        "groups",
+        "Which group size?",
+        "reference:2,reference:2:group_size=32,reference:2:group_size_key=128,"
+        "reference:2:group_size_key=32,reference:2:group_size_value=32",
+        "reference:2",
+    ),
+    Question(
+        "window",
+        "Which window, which sink?",
+        "reference:2,reference:2:residual_length=0,reference:2:residual_length=32,reference:2:sink_length=4,"
+        "reference:2:residual_length=0:sink_length=4,reference:2:residual_length=32:sink_length=4",
+        "reference:2",
+    ),
+    Question(
+        "rotations",
+        "Which rotation?",
+        "reference:2,reference:2:rotation_key=hadamard,reference:2:rotation_value=hadamard,"
+        "reference:2:rotation_key=hadamard:rotation_value=hadamard,reference:2:rotation_key=random,"
+        "reference:2:axis_key=token:rotation_key=hadamard,"
+        "reference:2:axis_key=token:rotation_key=hadamard:rotation_value=hadamard",
+        "reference:2",
+    ),
+    Question(
+        "choice",
+        "What should two bits be?",
+        "reference:2,hqq:2,reference:2:sink_length=4,hqq:2:sink_length=4,reference:2:sink_length=4:rotation_key=hadamard,"
+        "reference:2:sink_length=4:rotation_value=hadamard,hqq:2:sink_length=4:rotation_value=hadamard,"
+        "hqq:2:sink_length=4:rotation_key=hadamard:rotation_value=hadamard,kivi-2,kivi-2:sink_length=4",
+        "reference:2",
+    ),
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where finished parts are kept")
+    parser.add_argument("--pictures", type=Path, help="where pictures go")
+    parser.add_argument("--windows", type=int, default=41, help="of 1024 tokens, each with 512 scored ones")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
+    parser.add_argument("--questions", nargs="+", choices=[question.name for question in QUESTIONS])
+    return parser.parse_args()
+
+
+def measure(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[PerplexityRow]:
+    options = PerplexityOptions(
+        candidates=parse_candidates(question.caches, SHARED),
+        contexts=(CONTEXT,),
+        windows=chosen.windows,
+        versus=question.versus,
+    )
+    text = loaded.encode(HELDOUT_FILE.read_text("utf-8"))
+    path = chosen.folder / f"{question.name}-{which}.jsonl"
+    with Journal(path, run_settings(loaded, text, options)) as journal:
+        return list(measure_perplexity(loaded, text, options, journal).rows)
+
+
+# ------------------------------------------------------------------------------------------------ showing
+
+
+def told(estimate: Estimate, form: str, factor: float = 1) -> str:
+    value = form.format(factor * estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} ({form.format(factor * estimate.low)} to {form.format(factor * estimate.high)})"
+
+
+def table(rows: Sequence[PerplexityRow]) -> list[str]:
+    lines = [
+        "| cache | bits per element | perplexity, % more | KL, 1/1000 nat | KL over the first's | agrees, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row.cache == "full":
+            continue
+        ratio = "1" if row.kl_ratio is None else told(row.kl_ratio, "{:.3g}")
+        bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
+        cells = [f"`{row.cache}`", bits, told(row.change, "{:+.2f}", 100), told(row.kl, "{:.3g}", 1000), ratio]
+        lines.append(f"| {' | '.join([*cells, told(row.agreement, '{:.1f}', 100)])} |")
+    return lines
+
+
+def draw(question: Question, found: dict[str, list[PerplexityRow]], path: Path) -> None:
+    """Draw KL divergences with their intervals, a line for each cache, a colour for each model."""
+    from matplotlib.figure import Figure
+
+    labels = [row.cache for row in next(iter(found.values())) if row.cache != "full"]
+    figure = Figure(figsize=(9, 1.4 + 0.3 * len(labels)), layout="constrained")
+    panel = figure.subplots()
+    for shift, (which, rows) in zip((-0.14, 0.14), found.items(), strict=False):
+        shown = {row.cache: row.kl for row in rows}
+        values = [shown[label].value for label in labels]
+        lows = [max(0.0, shown[label].value - (shown[label].low or 0)) for label in labels]
+        highs = [max(0.0, (shown[label].high or 0) - shown[label].value) for label in labels]
+        places: Any = [at + shift for at in range(len(labels))]
+        name = {"model": "shipped model", "twin": "its outlier twin"}[which]
+        panel.errorbar(
+            values, places, xerr=[lows, highs], fmt="o", markersize=5, capsize=3, label=name, color=_COLOURS[which]
+        )
+    panel.set_yticks(range(len(labels)), labels, fontsize=8, family="monospace")
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.set_xlabel("KL divergence to full precision, nats, with 95 % intervals (less is better)")
+    panel.set_title(question.title, loc="left", fontsize=11)
+    panel.grid(visible=True, axis="x", alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    chosen = arguments()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    questions = [question for question in QUESTIONS if chosen.questions is None or question.name in chosen.questions]
+    intervals.require_scipy()
+    loaded = {which: load_model(outliers=MODELS[which]) for which in chosen.models}
+    found = {
+        (question.name, which): measure(loaded[which], which, question, chosen)
+        for which in chosen.models
+        for question in track(questions, f"Measuring the {which}")
+    }
+    print(machine_line(describe_machine("cpu")))
+    scored = chosen.windows * CONTEXT // 2
+    print(f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens, 95 % intervals in brackets.\n")
+    for question in questions:
+        print(f"### {question.title}\n")
+        for which in chosen.models:
+            name = loaded[which].title
+            print(f"{name[0].upper()}{name[1:]}:\n")
+            print("\n".join(table(found[question.name, which])), end="\n\n")
+        if chosen.pictures is not None:
+            by_model = {which: found[question.name, which] for which in chosen.models}
+            draw(question, by_model, chosen.pictures / f"quality-{question.name}.png")
+
+
+if __name__ == "__main__":
+    main()
