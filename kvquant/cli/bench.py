@@ -64,7 +64,8 @@ def bench(as_json: bool, plot: Path | None, **chosen: Any) -> None:
     """
     from kvquant.cli.console import progress_bar
     from kvquant.errors import ConfigError, UnknownBackendError
-    from kvquant.evaluation.plots import check_plot, plot_bench
+    from kvquant.evaluation.figures import bench as figure
+    from kvquant.evaluation.figures import check_plot, save
 
     try:
         check_plot(plot)
@@ -74,7 +75,7 @@ def bench(as_json: bool, plot: Path | None, **chosen: Any) -> None:
     except (ConfigError, UnknownBackendError) as error:
         raise click.UsageError(str(error)) from error
     if plot is not None:
-        plot_bench(report, plot)
+        save(figure.draw(report), plot)
         click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
@@ -83,8 +84,9 @@ def bench(as_json: bool, plot: Path | None, **chosen: Any) -> None:
 
 
 def _options(chosen: dict[str, Any]) -> BenchOptions:
-    from kvquant.evaluation.bench import BenchOptions, parse_contexts
+    from kvquant.evaluation.bench import BenchOptions
     from kvquant.evaluation.contenders import parse_contenders
+    from kvquant.evaluation.sizes import parse_contexts
     from kvquant.evaluation.subject import SyntheticModel
 
     shape = {name: chosen.pop(name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")}

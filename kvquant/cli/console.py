@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvquant.evaluation.intervals import Estimate
+
 #: Columns for tables that go to a file or a pipe, which have no width of their own.
 PIPE_WIDTH = 160
 
@@ -32,6 +34,20 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"{libraries}"
         f"kvquant {machine['kvquant']}, Python {machine['python']}"
     )
+
+
+def interval_text(estimate: Estimate, form: str, factor: float = 1) -> str:
+    """Return ``value (low, high)``, or the value alone where there is no interval.
+
+    Args:
+        estimate: a figure and its confidence interval.
+        form: how each number is written, such as ``"{:+.3f}"``.
+        factor: what numbers are multiplied by, such as 100 for per cent.
+    """
+    value = form.format(factor * estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} ({form.format(factor * estimate.low)}, {form.format(factor * estimate.high)})"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,12 @@ EVALUATIONS: dict[str, Place] = {
         "perplexity",
         "Perplexity, KL divergence and agreement through the cache.",
     ),
+    "needle": (
+        "kvquant.cli.eval_needle",
+        "needle",
+        "Whether a key in a long text is found again, by length and depth.",
+    ),
+    "longbench": ("kvquant.cli.eval_longbench", "longbench", "The English tasks of LongBench, by its own protocol."),
 }
 
 

@@ -119,6 +119,20 @@ def candidates(chosen: dict[str, Any]) -> tuple[tuple[Candidate, ...], list[str]
         return parse_candidates(backends, shared), []
 
 
+def read_text(option: str, path: Path) -> str:
+    """Return what is in a text file.
+
+    Raises:
+        OptionValueError: it cannot be read, or is no UTF-8.
+    """
+    from kvquant.errors import OptionValueError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise OptionValueError(option, str(path), f"a text in UTF-8 that can be read ({cause})") from cause
+
+
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
     """Send what libraries print on standard error: standard output is the result's."""

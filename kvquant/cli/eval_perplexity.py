@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvquant.cli.console import interval_text
 from kvquant.cli.eval_options import (
     cache_options,
     candidates,
     interruptible,
     model,
     model_options,
+    read_text,
     results_only,
     run_options,
 )
@@ -21,7 +23,6 @@ from kvquant.cli.eval_options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvquant.evaluation.intervals import Estimate
     from kvquant.evaluation.loading import LoadedModel
     from kvquant.evaluation.perplexity import PerplexityOptions, PerplexityReport, PerplexityRow
 
@@ -67,12 +68,12 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     """
     from kvquant.cli.console import progress_bar
     from kvquant.demo import HELDOUT_FILE
-    from kvquant.evaluation.figures import plot_perplexity
+    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.figures import perplexity as figure
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
     from kvquant.evaluation.measure import describe_machine, steady
     from kvquant.evaluation.perplexity import measure_perplexity, plan, run_settings, work
-    from kvquant.evaluation.plots import check_plot
 
     check_plot(plot)
     caches, left_out = candidates(chosen)
@@ -80,7 +81,7 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     options = _options(caches, chosen)
     with results_only(), steady(threads):
         loaded = load_model(**subject)
-        tokens = loaded.encode(_read(text or HELDOUT_FILE))
+        tokens = loaded.encode(read_text("text", text or HELDOUT_FILE))
         total = work(plan(loaded, tokens, options), options)
         with (
             Journal(output, run_settings(loaded, tokens, options)) as journal,
@@ -89,7 +90,7 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
             report = measure_perplexity(loaded, tokens, options, journal, progress)
         machine = describe_machine(subject["device"])
     if plot is not None:
-        plot_perplexity(report, plot)
+        save(figure.draw(report), plot)
         click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
@@ -98,19 +99,10 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
 
 
 def _options(caches: Any, chosen: dict[str, Any]) -> PerplexityOptions:
-    from kvquant.evaluation.bench import parse_contexts
     from kvquant.evaluation.perplexity import PerplexityOptions
+    from kvquant.evaluation.sizes import parse_contexts
 
     return PerplexityOptions(candidates=caches, contexts=parse_contexts(chosen.pop("contexts")), **chosen)
-
-
-def _read(path: Path) -> str:
-    from kvquant.errors import OptionValueError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise OptionValueError("text", str(path), f"a text in UTF-8 that can be read ({cause})") from cause
 
 
 # ------------------------------------------------------------------------------------------------ the tables
@@ -166,22 +158,15 @@ def _cells(row: PerplexityRow, *, versus: bool) -> list[str]:
     cells = [row.cache, bits, f"{row.cache_bits_per_element:.2f}", f"{row.perplexity.value:.3f}"]
     if row.cache == "full":
         return cells
-    cells += [_interval(row.difference, "{:+.3f}"), _interval(row.kl, "{:.3g}", 1000)]
+    cells += [interval_text(row.difference, "{:+.3f}"), interval_text(row.kl, "{:.3g}", 1000)]
     if versus:
-        cells.append("" if row.kl_ratio is None else _interval(row.kl_ratio, "{:.3g}"))
-    return [*cells, _interval(row.agreement, "{:.2f}", 100)]
+        cells.append("" if row.kl_ratio is None else interval_text(row.kl_ratio, "{:.3g}"))
+    return [*cells, interval_text(row.agreement, "{:.2f}", 100)]
 
 
 def _one_pass_cells(scores: dict[str, float], full: float, *, versus: bool) -> list[str]:
     cells = ["  in one pass", "", "", f"{scores['perplexity']:.3f}", f"{scores['perplexity'] - full:+.3f}"]
     return [*cells, f"{1000 * scores['kl']:.3g}", *([""] if versus else []), f"{100 * scores['agreement']:.2f}"]
-
-
-def _interval(estimate: Estimate, form: str, factor: float = 1) -> str:
-    value = form.format(factor * estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} ({form.format(factor * estimate.low)}, {form.format(factor * estimate.high)})"
 
 
 def _notes(report: PerplexityReport) -> list[str]:

@@ -26,8 +26,10 @@ COMMANDS = {
         "Compare backends on the same states: bits, error, speed.",
     ),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
-    "eval": ("kvquant.cli.eval", "evaluate", "Measure what quantised caches keep: perplexity, needle."),
+    "eval": ("kvquant.cli.eval", "evaluate", "Measure what quantised caches keep: perplexity, needle, LongBench."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
+    "plan": ("kvquant.cli.plan", "plan", "Say what a cache will take, and what fits, from a model's config alone."),
+    "report": ("kvquant.cli.report", "report", "Put what was measured on one HTML page."),
 }
 
 

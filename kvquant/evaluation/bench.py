@@ -201,24 +201,7 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain builtins, fit for JSON."""
-        return asdict(self)
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """Read numbers of tokens separated by commas; ``k`` stands for 1024.
-
-    Raises:
-        OptionValueError: something else is there, or a number comes twice.
-    """
-    contexts = []
-    for part in text.lower().split(","):
-        digits = part.strip().removesuffix("k")
-        if not digits.isdecimal() or not int(digits):
-            raise OptionValueError("contexts", text, "numbers of tokens separated by commas, such as 4k,32768")
-        contexts.append(int(digits) * (1024 if part.strip().endswith("k") else 1))
-    if len(set(contexts)) < len(contexts):
-        raise OptionValueError("contexts", text, "each length once")
-    return tuple(contexts)
+        return {"kind": "bench", **asdict(self)}
 
 
 def _subject(options: BenchOptions) -> Subject:

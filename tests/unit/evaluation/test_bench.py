@@ -15,10 +15,11 @@ from PIL import Image
 from kvquant.errors import ModelLoadError, OptionValueError, UnknownOptionError
 from kvquant.evaluation import contenders, measure
 from kvquant.evaluation import subject as subject_module
-from kvquant.evaluation.bench import DEFAULT_CACHES, BenchOptions, bench, parse_contexts
+from kvquant.evaluation.bench import DEFAULT_CACHES, BenchOptions, bench
 from kvquant.evaluation.contenders import Contender, cache_bytes, next_flush, parse_contenders
+from kvquant.evaluation.figures import bench as figure
+from kvquant.evaluation.figures import check_plot, save
 from kvquant.evaluation.measure import PeakMemory, Spread, held_bytes
-from kvquant.evaluation.plots import check_plot, plot_bench
 from kvquant.evaluation.subject import AttentionSubject, ModelSubject, Subject, SyntheticModel
 
 TINY = SyntheticModel(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
@@ -91,16 +92,6 @@ class TestNames:
         with pytest.raises(error) as raised:
             parse_contenders(text)
         assert says in str(raised.value)
-
-    def test_contexts_are_numbers_or_thousands(self) -> None:
-        """4k is 4096."""
-        assert parse_contexts("4k, 100,32K") == (4096, 100, 32768)
-
-    @pytest.mark.parametrize("text", ["", "4m", "k", "0", "-1", "4k,4096", "1.5k"])
-    def test_bad_contexts_are_refused(self, text: str) -> None:
-        """Nothing is guessed."""
-        with pytest.raises(OptionValueError):
-            parse_contexts(text)
 
     @pytest.mark.parametrize(
         "option",
@@ -346,7 +337,7 @@ class TestPlot:
     def test_a_plot_is_a_picture(self, tmp_path: Path) -> None:
         """With and without peak memory."""
         report = bench(tiny("dynamic,kvquant:reference:4"))
-        plot_bench(report, tmp_path / "bench.png")
+        save(figure.draw(report), tmp_path / "bench.png")
         with Image.open(tmp_path / "bench.png") as picture:
             assert picture.size == (1800, 750)
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 20

@@ -1,52 +1,35 @@
-"""Pictures of what was measured, as PNG files."""
+"""The picture of `kvquant bench`: memory and latency against context length."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvquant.errors import MissingExtraError, OptionValueError
+from kvquant.evaluation.figures import MARKERS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from kvquant.evaluation.bench import BenchReport, CacheResult
 
 _MIB = 1 << 20
-_DPI = 150
 
 
-def check_plot(path: Path | None) -> None:
-    """Refuse a plot that could not be written when all is measured.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OptionValueError: it is no PNG file, or its folder does not exist.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() != ".png":
-        raise OptionValueError("plot", str(path), "a file name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise OptionValueError("plot", str(path), "a file in a folder that exists")
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as cause:
-        raise MissingExtraError("matplotlib", "pip install 'kvquant[eval]'") from cause
-
-
-def plot_bench(report: BenchReport, path: Path) -> None:
+def draw(report: BenchReport) -> Figure:
     """Draw memory and latency against context length, one line for each cache.
 
     Memory is the peak where it was measured, and the cache's own bytes beside it; latency is a decode step with its
     share of a flush, with the range of the rounds.
     """
-    figure, (memory, latency) = _figure(1, 2, (12, 5))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    memory, latency = figure.subplots(1, 2)
     caches = dict.fromkeys(result.cache for result in report.results)
     for number, cache in enumerate(caches):
         made = [result for result in report.results if result.cache == cache and result.amortised is not None]
         if made:
-            look = {"color": f"C{number}", "marker": "os^Dv*Ph"[number % 8], "label": cache}
+            look = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "label": cache}
             _memory_line(memory, made, look)
             _latency_line(latency, made, look)
     peak = any(result.peak_bytes is not None for result in report.results)
@@ -65,7 +48,7 @@ def plot_bench(report: BenchReport, path: Path) -> None:
         f"{machine['threads']} threads, on {machine['device']}",
         fontsize="small",
     )
-    figure.savefig(path, dpi=_DPI)
+    return figure
 
 
 def _memory_line(axes: Any, made: Sequence[CacheResult], look: dict[str, Any]) -> None:
@@ -91,13 +74,3 @@ def _context_axis(axes: Any, contexts: Sequence[int]) -> None:
     axes.set_xticks(sorted(contexts), [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in sorted(contexts)])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("tokens in the cache")
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Return a figure that needs no screen, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)

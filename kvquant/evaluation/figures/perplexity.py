@@ -1,22 +1,18 @@
-"""Pictures of what evaluations measured, as PNG files; `plots.check_plot` says beforehand what is missing."""
+"""The picture of `kvquant eval perplexity`: KL divergence against bits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvquant.evaluation.figures import MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from kvquant.evaluation.perplexity import PerplexityReport, PerplexityRow
-
-_DPI = 150
-_MARKERS = "osD^vPX*<>"
-
-
-# ------------------------------------------------------------------------------------------------ perplexity
 
 
 def family(label: str) -> str:
@@ -24,7 +20,7 @@ def family(label: str) -> str:
     return re.sub(r"(?<=[a-z]):\d+", "", label, count=1)
 
 
-def plot_perplexity(report: PerplexityReport, path: Path) -> None:
+def draw(report: PerplexityReport) -> Figure:
     """Draw KL divergence to full precision against bits per element, one panel for each context.
 
     Widths of one method are joined by a line; bars are confidence intervals.
@@ -39,7 +35,7 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
     for panel, context in zip(panels, contexts, strict=True):
         for index, name in enumerate(families):
             points = [row for row in rows if row.context == context and family(row.cache) == name]
-            _draw(panel, name, sorted(points, key=lambda row: row.bits_per_element or 0), index)
+            _line(panel, name, sorted(points, key=lambda row: row.bits_per_element or 0), index)
         panel.set_title(f"{context} tokens", loc="left", fontsize=10)
         panel.set_yscale("log")
         panel.set_xlabel("bits per element of what is quantised")
@@ -49,13 +45,13 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower left", ncols=min(3, max(1, len(labels))), fontsize=8, frameon=False
     )
-    figure.savefig(path, dpi=_DPI)
+    return figure
 
 
-def _draw(panel: Axes, name: str, points: Sequence[PerplexityRow], index: int) -> None:
+def _line(panel: Axes, name: str, points: Sequence[PerplexityRow], index: int) -> None:
     values = [row.kl.value for row in points]
     lows = [max(0.0, row.kl.value - row.kl.low) if row.kl.low is not None else 0.0 for row in points]
     highs = [max(0.0, row.kl.high - row.kl.value) if row.kl.high is not None else 0.0 for row in points]
     bits: list[Any] = [row.bits_per_element for row in points]
-    style: dict[str, Any] = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}"}
+    style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}"}
     panel.errorbar(bits, values, yerr=[lows, highs], label=name, markersize=5, linewidth=1, capsize=2, **style)

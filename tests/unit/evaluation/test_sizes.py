@@ -1,0 +1,36 @@
+"""Numbers of tokens and bytes as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvquant.errors import OptionValueError
+from kvquant.evaluation.sizes import parse_bytes, parse_contexts, parse_tokens
+
+
+def test_contexts_are_numbers_or_thousands() -> None:
+    """4k is 4096."""
+    assert parse_contexts("4k, 100,32K") == (4096, 100, 32768)
+    assert parse_tokens("context", "128k") == 131072
+
+
+@pytest.mark.parametrize("text", ["", "4m", "k", "0", "-1", "4k,4096", "1.5k"])
+def test_bad_contexts_are_refused(text: str) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(OptionValueError, match=r"such as 4k,32768|each length once"):
+        parse_contexts(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GB", 24 * 10**9), ("24 GiB", 24 << 30), ("1.5kib", 1536), ("500MB", 5 * 10**8), ("7b", 7)]
+)
+def test_bytes_have_units_of_1000_or_1024(text: str, count: int) -> None:
+    """GB and GiB are not the same."""
+    assert parse_bytes("memory", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "24", "24G", "-1GB", "0GB", "GB", "1e9B"])
+def test_bad_bytes_are_refused(text: str) -> None:
+    """A number without a unit could mean anything."""
+    with pytest.raises(OptionValueError, match=r"24GB or 22\.5GiB"):
+        parse_bytes("memory", text)
