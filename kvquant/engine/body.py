@@ -190,6 +190,5 @@ class Body:
         if not isinstance(piece, Encoded):
             first_token = self._policy.sink_length + stored
             return OpaquePage(self.encoder, first_token, self.kv_heads, self.head_dim, self.device)
-        block = self.encoder.block
-        wanted = max(left, self._policy.page_tokens, stored // 8)
-        return CanonicalPage(self.encoder, piece, wanted // block * block, self.head_dim, self.device)
+        capacity = self._policy.page_capacity(left, stored)
+        return CanonicalPage(self.encoder, piece, capacity, self.head_dim, self.device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from kvquant.engine.window import Extent, buffer_capacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,8 +15,7 @@ class Plan:
     """What a buffer will be: its tensor, and which of its tokens are held."""
 
     data: Tensor
-    start: int
-    stop: int
+    extent: Extent
 
 
 class TokenBuffer:
@@ -33,16 +34,17 @@ class TokenBuffer:
             most: tokens that it will hold at most, as far as is known; no room is made beyond them in advance.
         """
         self._slack, self._most = slack, most
-        self._start = self._stop = 0
+        self._extent = Extent()
         self.data = like.new_empty((*like.shape[:2], 0, like.shape[3]))
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return len(self._extent)
 
     def view(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return tokens `start` to `stop` (all by default) without a copy."""
-        end = self._stop if stop is None else self._start + stop
-        return self.data[:, :, self._start + start : end]
+        first = self._extent.start
+        end = self._extent.stop if stop is None else first + stop
+        return self.data[:, :, first + start : end]
 
     def plan(self, dropped: int, states: Tensor) -> Plan:
         """Write `states` behind the tokens held, less the oldest `dropped`, without making it count.
@@ -54,16 +56,15 @@ class TokenBuffer:
             dropped: tokens to forget at the front.
             states: ``[batch, kv_heads, tokens, head_dim]`` to add at the back.
         """
-        data, start, stop = self.data, self._start + dropped, self._stop
-        if stop + states.shape[2] > data.shape[2]:
-            data = self._moved(dropped, stop - start + states.shape[2])
-            start, stop = 0, stop - start
-        data[:, :, stop : stop + states.shape[2]] = states
-        return Plan(data, start, stop + states.shape[2])
+        added = states.shape[2]
+        extent = self._extent.appended(dropped, added, self._slack, self._most)
+        data = self.data if self._extent.fits(added) else self._moved(dropped, extent.capacity)
+        data[:, :, extent.stop - added : extent.stop] = states
+        return Plan(data, extent)
 
     def apply(self, plan: Plan) -> None:
         """Make a plan count."""
-        self.data, self._start, self._stop = plan.data, plan.start, plan.stop
+        self.data, self._extent = plan.data, plan.extent
 
     def append(self, states: Tensor) -> None:
         """Add `states` ``[batch, kv_heads, tokens, head_dim]`` at the back."""
@@ -71,18 +72,19 @@ class TokenBuffer:
 
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest `tokens`."""
-        self._start += tokens
+        self._extent = replace(self._extent, start=self._extent.start + tokens)
 
     def drop_back(self, tokens: int) -> None:
         """Forget the newest `tokens`, and give memory back that is now out of proportion."""
-        self._stop -= tokens
-        if self.data.shape[2] > self._capacity_for(len(self)):
-            self.apply(Plan(self._moved(0, len(self)), 0, len(self)))
+        self._extent = replace(self._extent, stop=self._extent.stop - tokens)
+        held, capacity = len(self), buffer_capacity(len(self), self._slack, self._most)
+        if self._extent.capacity > capacity:
+            self.apply(Plan(self._moved(0, capacity), Extent(0, held, capacity)))
 
     def push_front(self, states: Tensor) -> None:
         """Put `states` before the oldest token."""
         tokens = torch.cat([states, self.view()], dim=2)
-        self.apply(Plan(tokens, 0, tokens.shape[2]))
+        self.apply(Plan(tokens, Extent(0, tokens.shape[2], tokens.shape[2])))
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices` (int64 ``[new_batch]``), in that order."""
@@ -92,12 +94,9 @@ class TokenBuffer:
         """Move to `device`."""
         self.data = self.data.to(device)
 
-    def _capacity_for(self, tokens: int) -> int:
-        return max(tokens, min(self._most, tokens + max(self._slack, tokens // 8)))
-
-    def _moved(self, dropped: int, tokens: int) -> Tensor:
-        """Return a tensor with room for `tokens` tokens and some more, that starts with those held but `dropped`."""
+    def _moved(self, dropped: int, capacity: int) -> Tensor:
+        """Return a tensor with room for `capacity` tokens that starts with those held, less the oldest `dropped`."""
         held = self.view(dropped)
-        data = self.data.new_empty((*self.data.shape[:2], self._capacity_for(tokens), self.data.shape[3]))
+        data = self.data.new_empty((*self.data.shape[:2], capacity, self.data.shape[3]))
         data[:, :, : held.shape[2]] = held
         return data

@@ -13,8 +13,14 @@ PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "spare
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the storages behind `tensors`, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def _address(tensor: Tensor) -> int:
+    """Return what tells the storage behind a tensor from others; those of the meta device have no data to point to."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def layer_memory(
     sums = dict.fromkeys(PARTS, 0)
     seen: set[int] = set()
     for part, tensor, valid in held:
-        address = tensor.untyped_storage().data_ptr()
+        address = _address(tensor)
         if address not in seen:  # batch rows can share a tensor
             seen.add(address)
             sums[part] += valid

@@ -39,3 +39,53 @@ class WindowPolicy:
     def page_tokens(self) -> int:
         """Tokens of the smallest page of the body: a multiple of the block, so that only a crop can split a group."""
         return -(-max(256, 2 * self.block) // self.block) * self.block
+
+    def page_capacity(self, left: int, stored: int) -> int:
+        """Return the tokens that a new page of the body has room for: whole blocks, see `body.Body`.
+
+        Args:
+            left: tokens at hand for it.
+            stored: tokens that the pages before it hold.
+        """
+        return max(left, self.page_tokens, stored // 8) // self.block * self.block
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the tokens of a buffer lie: from `start` to `stop`, with room for `capacity`."""
+
+    start: int = 0
+    stop: int = 0
+    capacity: int = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def fits(self, added: int) -> bool:
+        """Whether `added` tokens find room behind those held."""
+        return self.stop + added <= self.capacity
+
+    def appended(self, dropped: int, added: int, slack: int, most: int) -> Extent:
+        """Return the extent after the oldest `dropped` tokens are forgotten and `added` come in at the back.
+
+        Tokens that find no room move to the front of a new buffer, with room to spare for some more.
+
+        Args:
+            dropped, added: numbers of tokens.
+            slack, most: see `buffer_capacity`.
+        """
+        if self.fits(added):
+            return Extent(self.start + dropped, self.stop + added, self.capacity)
+        tokens = len(self) - dropped + added
+        return Extent(0, tokens, buffer_capacity(tokens, slack, most))
+
+
+def buffer_capacity(tokens: int, slack: int, most: int) -> int:
+    """Return the tokens that a new buffer for `tokens` tokens has room for: an eighth more, or `slack`.
+
+    Args:
+        tokens: that it will hold now.
+        slack: spare tokens to allow when it is small.
+        most: tokens that it will hold at most, as far as is known; no room is made beyond them in advance.
+    """
+    return max(tokens, min(most, tokens + max(slack, tokens // 8)))
