@@ -68,6 +68,22 @@ def estimate(statistic: Statistic, *samples: Sequence[float], seed: int = 0) -> 
     return Estimate(value)
 
 
+def proportion(successes: int, trials: int) -> Estimate:
+    """Return a share of trials with its interval: Wilson's score interval, which holds near 0 and 1 too.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927; it is
+    `scipy.stats.binomtest`'s.
+
+    Args:
+        successes: trials that succeeded.
+        trials: all trials, at least 1.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, trials).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return Estimate(successes / trials, float(found.low), float(found.high))
+
+
 def _interval(statistic: Statistic, data: list[FloatArray], method: str, seed: int) -> tuple[float, float]:
     import warnings
 

@@ -302,13 +302,13 @@ class _Window:
         at = 0
         for chunk in chunks:
             for rows in chunk.split(_ROWS):
-                sums += _sums(full[at : at + len(rows)], rows, targets[at : at + len(rows)])
+                sums += score_sums(full[at : at + len(rows)], rows, targets[at : at + len(rows)])
                 at += len(rows)
         nll, kl, agreed = (sums / len(targets)).tolist()
         return {"nll": nll, "kl": kl, "agreement": agreed}
 
 
-def _sums(full: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+def score_sums(full: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sums over rows of negative log-likelihood, KL divergence and agreement.
 
     Args:
