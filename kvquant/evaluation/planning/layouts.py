@@ -1,0 +1,147 @@
+"""How a backend writes things down, found out by having it quantise a little random data; the rest is arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder
+from kvquant.engine.memory import layer_memory
+from kvquant.evaluation.planning.occupancy import Occupancy
+
+#: Blocks that are quantised to see how.
+_BLOCKS = 2
+
+
+class Layout(Protocol):
+    """Bytes of the body of one stream."""
+
+    def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
+        """Return bytes by part, those of `kvquant.engine.memory.PARTS` that the body has.
+
+        Args:
+            held: tokens of the store.
+            batch, heads: of the states.
+        """
+
+    def widest(self) -> Layout:
+        """Return the layout of states whose scales need the wider of the two types, see `Encoder.encode`."""
+
+
+@dataclass(frozen=True)
+class CanonicalLayout:
+    """Packed codes and a grid of scales, in pages.
+
+    Attributes:
+        code_bytes: of the codes of one token of one head.
+        scale_bytes: of one row of the grid of scales of one head, offsets included.
+        tokens_per_scale: tokens that a row of the grid stands for.
+        table_bytes: of a codebook's table, which each page keeps.
+        shared_table: the table, if it is one and the same for all pages, and so takes its memory once.
+        wider: how many times larger scales are in the wider type.
+    """
+
+    code_bytes: int
+    scale_bytes: int
+    tokens_per_scale: int
+    table_bytes: int
+    shared_table: Tensor | None
+    wider: int
+
+    def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
+        """Return bytes by part."""
+        per, rows = self.tokens_per_scale, batch * heads
+        scales = sum(-(-length // per) for length, _ in held.pages)
+        room, room_for_scales = sum(room for _, room in held.pages), sum(room // per for _, room in held.pages)
+        return {
+            "codes": rows * held.body * self.code_bytes,
+            "scales": rows * scales * self.scale_bytes,
+            "tables": self.table_bytes * (len(held.pages) if self.shared_table is None else bool(held.pages)),
+            "spare": rows * ((room - held.body) * self.code_bytes + (room_for_scales - scales) * self.scale_bytes),
+        }
+
+    def widest(self) -> CanonicalLayout:
+        """Return the layout with scales in the wider type."""
+        return replace(self, scale_bytes=self.scale_bytes * self.wider, wider=1)
+
+
+@dataclass(frozen=True)
+class OpaqueLayout:
+    """Blocks in a backend's own form, one for each batch row.
+
+    Attributes:
+        block: tokens of a block.
+        block_bytes, block_spare: of the tensors of one block of all heads, and of what lies unused in their memory.
+        shared_bytes, shared_spare: of what all blocks share.
+    """
+
+    block: int
+    block_bytes: int
+    block_spare: int
+    shared_bytes: int
+    shared_spare: int
+
+    def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:  # noqa: ARG002  # of all heads
+        """Return bytes by part."""
+        blocks = batch * held.body // self.block
+        return {
+            "codes": blocks * self.block_bytes + bool(blocks) * self.shared_bytes,
+            "spare": blocks * self.block_spare + bool(blocks) * self.shared_spare,
+        }
+
+    def widest(self) -> OpaqueLayout:
+        """Return the same: the core knows of no scales in it."""
+        return self
+
+
+def find_layout(encoder: Encoder, kv_heads: int, head_dim: int, device: torch.device) -> Layout:
+    """Quantise unit normal numbers as a cache would, and look at what comes back.
+
+    Args:
+        encoder: of the stream, with the real backend.
+        kv_heads, head_dim: of the states.
+        device: where to quantise.
+
+    Raises:
+        QuantizationError, BackendContractError: the backend fails.
+    """
+    is_opaque = "opaque" in encoder.formats
+    shape = (1, kv_heads if is_opaque else 1, _BLOCKS * encoder.block, head_dim)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    pieces = [piece for block in states.split(encoder.block, dim=2) for piece in encoder.encode(block, 0)]
+    if is_opaque:
+        return _opaque(encoder, [piece for piece in pieces if isinstance(piece, EncodedOpaque)])
+    return _canonical(encoder, [piece for piece in pieces if isinstance(piece, Encoded)])
+
+
+def _canonical(encoder: Encoder, pieces: list[Encoded]) -> CanonicalLayout:
+    piece = pieces[-1]
+    tables = {piece.table.data_ptr() for piece in pieces if piece.table is not None}
+    scale_bytes = piece.scale.shape[3] * piece.scale.element_size() * (1 if piece.offset is None else 2)
+    return CanonicalLayout(
+        code_bytes=piece.codes.shape[3],
+        scale_bytes=scale_bytes,
+        tokens_per_scale=piece.tokens // piece.scale.shape[2],
+        table_bytes=0 if piece.table is None else piece.table.nbytes,
+        shared_table=piece.table if len(tables) == 1 else None,
+        wider=encoder.border.wide_dtype.itemsize // piece.scale.element_size(),
+    )
+
+
+def _opaque(encoder: Encoder, pieces: list[EncodedOpaque]) -> OpaqueLayout:
+    """Tell what each block takes from what blocks share, which `layer_memory` counts once."""
+    tensors = [tensor for piece in pieces for row in piece.rows for tensor in row.tensors.values()]
+    first = [tensor for row in pieces[0].rows for tensor in row.tensors.values()]
+    one, all_of_them = _held(first), _held(tensors)
+    block_bytes, block_spare = (whole - part for part, whole in zip(one, all_of_them, strict=True))
+    return OpaqueLayout(encoder.block, block_bytes, block_spare, one[0] - block_bytes, one[1] - block_spare)
+
+
+def _held(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    memory = layer_memory(0, 0, (0, 0), zip(itertools.repeat("codes"), tensors, (t.nbytes for t in tensors)))
+    return memory.parts["codes"], memory.parts["spare"]
