@@ -167,8 +167,8 @@ def _table(rows: list[NeedleRow], settings: dict[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    depths, keys, digits = len(settings["depths"]), settings["trials"], settings["digits"]
-    title = f"\n{rows[0].context} tokens, {_some(depths, 'depth')}, {_some(keys, 'key')} of {_some(digits, 'digit')} at each"
+    depths, keys = _some(len(settings["depths"]), "depth"), _some(settings["trials"], "key")
+    title = f"\n{rows[0].context} tokens, {depths}, {keys} of {_some(settings['digits'], 'digit')} at each"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cache", overflow="fold", min_width=18)
     for heading in (
