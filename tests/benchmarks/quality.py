@@ -3,8 +3,8 @@
     python -m tests.benchmarks.quality --folder build/quality --pictures docs/images
 
 Prints one table for each question and model, in Markdown, and draws one picture for each question. Every cache is
-measured as `kvquant eval perplexity` does it; options that a name does not mention are those of `SHARED`, whatever the
-defaults are. An interrupted run goes on where it stopped.
+measured as `kvquant eval perplexity` and `kvquant eval needle` do it; options that a name does not mention are those of
+`SHARED`, whatever the defaults are. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import LoadedModel, load_model
 from kvquant.evaluation.measure import describe_machine
+from kvquant.evaluation.needle import NeedleOptions, NeedleRow, measure_needle
+from kvquant.evaluation.needle import plan as questions_of
+from kvquant.evaluation.needle import run_settings as needle_settings
 from kvquant.evaluation.perplexity import PerplexityOptions, PerplexityRow, measure_perplexity, run_settings
 
 CONTEXT = 1024
@@ -37,6 +40,7 @@ SHARED = {
     "sink_length": 0,
 }
 MODELS = {"model": None, "twin": 64}
+DEPTHS = (0, 25, 50, 75, 100)
 _COLOURS = {"model": "C0", "twin": "C3"}
 
 
@@ -95,6 +99,14 @@ QUESTIONS = (
         "reference:2",
     ),
     Question(
+        "split",
+        "Bits for keys or for values?",
+        "reference:3,reference:3:nbits_key=4:nbits_value=2,reference:3:nbits_key=2:nbits_value=4,"
+        "reference:2:nbits_key=3:nbits_value=2,reference:2:nbits_key=2:nbits_value=3,"
+        "reference:2:nbits_key=8:nbits_value=2,reference:4:nbits_key=8:nbits_value=4,reference:4",
+        "reference:3",
+    ),
+    Question(
         "choice",
         "What should two bits be?",
         "reference:2,hqq:2,reference:2:sink_length=4,hqq:2:sink_length=4,reference:2:sink_length=4:rotation_key=hadamard,"
@@ -110,6 +122,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where finished parts are kept")
     parser.add_argument("--pictures", type=Path, help="where pictures go")
     parser.add_argument("--windows", type=int, default=41, help="of 1024 tokens, each with 512 scored ones")
+    parser.add_argument("--trials", type=int, default=10, help=f"keys asked for at each depth of {DEPTHS}")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
     parser.add_argument("--questions", nargs="+", choices=[question.name for question in QUESTIONS])
     return parser.parse_args()
@@ -128,6 +141,16 @@ def measure(loaded: LoadedModel, which: str, question: Question, chosen: argpars
         return list(measure_perplexity(loaded, text, options, journal).rows)
 
 
+def recall(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[NeedleRow]:
+    options = NeedleOptions(
+        candidates=parse_candidates(question.caches, SHARED), contexts=(CONTEXT,), depths=DEPTHS, trials=chosen.trials
+    )
+    text = loaded.encode(HELDOUT_FILE.read_text("utf-8"))
+    path = chosen.folder / f"{question.name}-{which}-recall.jsonl"
+    with Journal(path, needle_settings(loaded, text, options)) as journal:
+        return list(measure_needle(loaded, questions_of(loaded, text, options), options, journal).rows)
+
+
 # ------------------------------------------------------------------------------------------------ showing
 
 
@@ -138,18 +161,19 @@ def told(estimate: Estimate, form: str, factor: float = 1) -> str:
     return f"{value} ({form.format(factor * estimate.low)} to {form.format(factor * estimate.high)})"
 
 
-def table(rows: Sequence[PerplexityRow]) -> list[str]:
+def table(rows: Sequence[PerplexityRow], recalled: Sequence[NeedleRow], versus: str) -> list[str]:
     lines = [
-        "| cache | bits per element | perplexity, % more | KL, 1/1000 nat | KL over the first's | agrees, % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| cache | bits per element | perplexity, % more | KL, 1/1000 nat | KL over `{versus}` | agrees, % | recalls, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
+    for row, keys in zip(rows, recalled, strict=True):
         if row.cache == "full":
             continue
         ratio = "1" if row.kl_ratio is None else told(row.kl_ratio, "{:.3g}")
         bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
         cells = [f"`{row.cache}`", bits, told(row.change, "{:+.2f}", 100), told(row.kl, "{:.3g}", 1000), ratio]
-        lines.append(f"| {' | '.join([*cells, told(row.agreement, '{:.1f}', 100)])} |")
+        cells += [told(row.agreement, "{:.1f}", 100), told(keys.retrieved, "{:.0f}", 100)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -191,15 +215,26 @@ def main() -> None:
         for which in chosen.models
         for question in track(questions, f"Measuring the {which}")
     }
+    recalled = {
+        (question.name, which): recall(loaded[which], which, question, chosen)
+        for which in chosen.models
+        for question in track(questions, f"Asking the {which}")
+    }
     print(machine_line(describe_machine("cpu")))
     scored = chosen.windows * CONTEXT // 2
-    print(f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens, 95 % intervals in brackets.\n")
+    print(
+        f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens; "
+        f"{len(DEPTHS) * chosen.trials} keys in {CONTEXT} tokens; 95 % intervals in brackets.\n"
+    )
     for question in questions:
         print(f"### {question.title}\n")
         for which in chosen.models:
             name = loaded[which].title
             print(f"{name[0].upper()}{name[1:]}:\n")
-            print("\n".join(table(found[question.name, which])), end="\n\n")
+            rows, keys = found[question.name, which], recalled[question.name, which]
+            full = next(row for row in keys if row.cache == "full")
+            print("\n".join(table(rows, keys, question.versus)))
+            print(f"\nKeys recalled in full precision: {told(full.retrieved, '{:.0f}', 100)} %.\n")
         if chosen.pictures is not None:
             by_model = {which: found[question.name, which] for which in chosen.models}
             draw(question, by_model, chosen.pictures / f"quality-{question.name}.png")
