@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,10 +18,21 @@ _BLOCKS = 2
 
 
 class Layout(Protocol):
-    """Bytes of the body of one stream."""
+    """Bytes of the body of one stream.
+
+    Attributes:
+        shared: tensors that all pages have in common, and maybe other streams too: they take their memory once.
+        shared_part: the part that they belong to.
+    """
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]: ...  # noqa: D102  # described above
+
+    @property
+    def shared_part(self) -> str: ...  # noqa: D102  # described above
 
     def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
-        """Return bytes by part, those of `kvquant.engine.memory.PARTS` that the body has.
+        """Return bytes by part, those of `kvquant.engine.memory.PARTS` that the body has, without what is shared.
 
         Args:
             held: tokens of the store.
@@ -41,8 +51,8 @@ class CanonicalLayout:
         code_bytes: of the codes of one token of one head.
         scale_bytes: of one row of the grid of scales of one head, offsets included.
         tokens_per_scale: tokens that a row of the grid stands for.
-        table_bytes: of a codebook's table, which each page keeps.
-        shared_table: the table, if it is one and the same for all pages, and so takes its memory once.
+        table_bytes: of a codebook's table, where each page keeps one of its own.
+        shared: a codebook's table, where it is one and the same.
         wider: how many times larger scales are in the wider type.
     """
 
@@ -50,8 +60,9 @@ class CanonicalLayout:
     scale_bytes: int
     tokens_per_scale: int
     table_bytes: int
-    shared_table: Tensor | None
+    shared: tuple[Tensor, ...]
     wider: int
+    shared_part: str = "tables"
 
     def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
         """Return bytes by part."""
@@ -61,7 +72,7 @@ class CanonicalLayout:
         return {
             "codes": rows * held.body * self.code_bytes,
             "scales": rows * scales * self.scale_bytes,
-            "tables": self.table_bytes * (len(held.pages) if self.shared_table is None else bool(held.pages)),
+            "tables": len(held.pages) * self.table_bytes,
             "spare": rows * ((room - held.body) * self.code_bytes + (room_for_scales - scales) * self.scale_bytes),
         }
 
@@ -77,22 +88,19 @@ class OpaqueLayout:
     Attributes:
         block: tokens of a block.
         block_bytes, block_spare: of the tensors of one block of all heads, and of what lies unused in their memory.
-        shared_bytes, shared_spare: of what all blocks share.
+        shared: what all blocks share.
     """
 
     block: int
     block_bytes: int
     block_spare: int
-    shared_bytes: int
-    shared_spare: int
+    shared: tuple[Tensor, ...]
+    shared_part: str = "codes"
 
     def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:  # noqa: ARG002  # of all heads
         """Return bytes by part."""
         blocks = batch * held.body // self.block
-        return {
-            "codes": blocks * self.block_bytes + bool(blocks) * self.shared_bytes,
-            "spare": blocks * self.block_spare + bool(blocks) * self.shared_spare,
-        }
+        return {"codes": blocks * self.block_bytes, "spare": blocks * self.block_spare}
 
     def widest(self) -> OpaqueLayout:
         """Return the same: the core knows of no scales in it."""
@@ -121,27 +129,27 @@ def find_layout(encoder: Encoder, kv_heads: int, head_dim: int, device: torch.de
 
 def _canonical(encoder: Encoder, pieces: list[Encoded]) -> CanonicalLayout:
     piece = pieces[-1]
-    tables = {piece.table.data_ptr() for piece in pieces if piece.table is not None}
-    scale_bytes = piece.scale.shape[3] * piece.scale.element_size() * (1 if piece.offset is None else 2)
+    tables = [piece.table for piece in pieces if piece.table is not None]
+    shared = tuple(_common(tables[:1], tables[1:]))
     return CanonicalLayout(
         code_bytes=piece.codes.shape[3],
-        scale_bytes=scale_bytes,
+        scale_bytes=piece.scale.shape[3] * piece.scale.element_size() * (1 if piece.offset is None else 2),
         tokens_per_scale=piece.tokens // piece.scale.shape[2],
-        table_bytes=0 if piece.table is None else piece.table.nbytes,
-        shared_table=piece.table if len(tables) == 1 else None,
+        table_bytes=tables[0].nbytes if tables and not shared else 0,
+        shared=shared,
         wider=encoder.border.wide_dtype.itemsize // piece.scale.element_size(),
     )
 
 
 def _opaque(encoder: Encoder, pieces: list[EncodedOpaque]) -> OpaqueLayout:
-    """Tell what each block takes from what blocks share, which `layer_memory` counts once."""
-    tensors = [tensor for piece in pieces for row in piece.rows for tensor in row.tensors.values()]
-    first = [tensor for row in pieces[0].rows for tensor in row.tensors.values()]
-    one, all_of_them = _held(first), _held(tensors)
-    block_bytes, block_spare = (whole - part for part, whole in zip(one, all_of_them, strict=True))
-    return OpaqueLayout(encoder.block, block_bytes, block_spare, one[0] - block_bytes, one[1] - block_spare)
+    first, second = ([tensor for row in piece.rows for tensor in row.tensors.values()] for piece in pieces)
+    shared = list(_common(first, second))
+    known = {id(tensor) for tensor in shared}
+    memory = layer_memory(0, 0, (0, 0), [("codes", one, one.nbytes) for one in first if id(one) not in known])
+    return OpaqueLayout(encoder.block, memory.parts["codes"], memory.parts["spare"], tuple(shared))
 
 
-def _held(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    memory = layer_memory(0, 0, (0, 0), zip(itertools.repeat("codes"), tensors, (t.nbytes for t in tensors)))
-    return memory.parts["codes"], memory.parts["spare"]
+def _common(first: Iterable[Tensor], second: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield tensors of the first that share their memory with one of the second."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in second}
+    return (tensor for tensor in first if tensor.untyped_storage().data_ptr() in seen)

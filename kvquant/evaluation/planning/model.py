@@ -175,6 +175,7 @@ def _layers(name: str, model: PreTrainedModel, batch: int) -> tuple[LayerStates,
         elif isinstance(kind, dict):
             module.rope_type = dict.fromkeys(kind, "default")
     try:
+        model.set_experts_implementation("batched_mm")  # others want types or devices that have nothing to do with it
         two = _run(model, batch, 2)
         plain = all(type(layer) in _PLAIN or _held(layer) == 0 for layer in two)
         three = two if plain else _run(model, batch, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,13 +13,12 @@ import torch
 from transformers import DynamicCache
 
 from kvquant.cache.cache import QuantizedCache, memory_of
-from kvquant.cache.compat import dynamic_layers
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.encode import Encoder
-from kvquant.engine.memory import PARTS, LayerMemory, MemoryReport
+from kvquant.engine.memory import PARTS, LayerMemory, MemoryReport, layer_memory
 from kvquant.engine.window import WindowPolicy
 from kvquant.evaluation.candidates import FULL, Candidate
-from kvquant.evaluation.planning.layouts import CanonicalLayout, Layout, find_layout
+from kvquant.evaluation.planning.layouts import Layout, find_layout
 from kvquant.evaluation.planning.model import LayerStates, ModelShape
 from kvquant.evaluation.planning.occupancy import occupancy
 
@@ -46,13 +46,13 @@ def _arrival(tokens: int, decode: int) -> tuple[int, int]:
 class _ExactLayer:
     """A layer of transformers' own, filled on the meta device, where tensors have shapes and no numbers."""
 
-    make: Callable[[], Any]
+    empty: Any
     states: LayerStates
     batch: int
     decode: int
 
     def memory(self, tokens: int) -> LayerMemory:
-        layer = self.make()
+        layer = copy.deepcopy(self.empty)
         if self.states.shapes is not None:
             # One token at the end does what many do: each makes the tensors anew, as large as they must be.
             prefill, decoded = _arrival(tokens, min(1, self.decode))
@@ -95,19 +95,12 @@ class _QuantizedLayer:
             parts.update({"sink": held.sink * row, "window": len(recent) * row})
             parts.update({"spare": (recent.capacity - len(recent)) * row})
             parts.update(stream.layout.parts(held, self.batch, stream.heads))
-        parts["tables"] -= self._counted_twice() if held.pages else 0
+        if held.pages:
+            shared = [(one.layout.shared_part, tensor) for one in self.streams for tensor in one.layout.shared]
+            memory = layer_memory(0, 0, (0, 0), [(part, tensor, tensor.nbytes) for part, tensor in shared])
+            parts.update(memory.parts)
         elements = self.batch * held.body * sum(stream.heads * stream.channels for stream in self.streams)
         return LayerMemory(0, tokens, held.body, elements, dict(parts))
-
-    def _counted_twice(self) -> int:
-        """Return the bytes of a table that keys and values share."""
-        tables = [
-            stream.layout.shared_table.data_ptr()
-            for stream in self.streams
-            if isinstance(stream.layout, CanonicalLayout) and stream.layout.shared_table is not None
-        ]
-        layout = self.streams[0].layout
-        return layout.table_bytes if len(tables) > len(set(tables)) and isinstance(layout, CanonicalLayout) else 0
 
     def fullest(self, tokens: int) -> tuple[int, ...]:
         """Return the next length at which the window is as full as it gets, and that at which the prefill left it so.
@@ -201,7 +194,7 @@ def cache_sizes(candidate: Candidate, model: ModelShape, decode: int, device: to
             known[key] = (
                 _quantized(layer, states, model.batch, decode, device)
                 if quantized
-                else _ExactLayer(_maker(model, index), states, model.batch, decode)
+                else _ExactLayer(layer, states, model.batch, decode)
             )
         layers.append(known[key])
     return CacheSizes(tuple(layers))
@@ -209,10 +202,6 @@ def cache_sizes(candidate: Candidate, model: ModelShape, decode: int, device: to
 
 def _own_settings(layer: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if isinstance(value, int)}
-
-
-def _maker(model: ModelShape, index: int) -> Callable[[], Any]:
-    return lambda: dynamic_layers(model.config)[index]
 
 
 def _quantized(
