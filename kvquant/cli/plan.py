@@ -215,7 +215,7 @@ def _notes(report: PlanReport, detailed: list[str]) -> list[str]:
         most = ", ".join(f"{label} {share:.1%}" for label, share in wider if share)
         notes.append(f"Scales are counted in float16. Where states need them in float32, at most so much more: {most}.")
     notes.append(
-        f"Of activations {format_bytes(settings['overhead'])} are counted, as --overhead says."
+        f"Beside weights and cache {format_bytes(settings['overhead'])} are counted, as --overhead says."
         if settings["overhead"]
         else "Activations, and what a prefill takes for a moment, are not counted: --overhead SIZE makes room for them."
     )
