@@ -16,7 +16,7 @@ from transformers import Cache
 from kvquant._version import __version__
 from kvquant.errors import OptionValueError, UnsupportedError
 from kvquant.evaluation.candidates import FULL, body_bits
-from kvquant.evaluation.teacher import forced_logits
+from kvquant.evaluation.teacher import Prefill, forced_logits
 from kvquant.integrations.lm_eval.arguments import split_arguments
 
 _LOG = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
     """A causal language model whose cache is quantised, for any task of lm-evaluation-harness.
 
     Generation takes a new cache for each batch. Log-likelihoods are scored through the cache too, one request at a
-    time: the context is a prefill, and the continuation is fed behind it as if it were being generated. (Without a
-    cache, as the harness does it, nothing would be quantised, and the score would be that of full precision.)
+    time: the context is a prefill, and the continuation is fed behind it as if it were being generated. (The harness
+    scores without a cache: nothing would be quantised, and the score would be that of full precision.)
 
     Attributes:
         candidate: the cache, as `kvquant.evaluation.candidates` describes it.
@@ -94,44 +94,53 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
             OptionValueError: a continuation is longer than all that the model sees.
         """
         del override_bs
-        # Requests that feed the same tokens share a pass: the answers of a multiple choice that have one token each.
-        alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        # Continuations of the same context share its prefill, and where they feed the same tokens all of the work: the
+        # answers of a multiple choice, of one token each.
+        grouped: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for index, (_, before, continuation) in enumerate(requests):
-            alike.setdefault((tuple(before), tuple(continuation[:-1])), []).append(index)
-        sums, greedy = [0.0] * len(requests), [True] * len(requests)
+            context, fed = self._cut(before, continuation)
+            grouped.setdefault(context, {}).setdefault(fed, []).append(index)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         quiet, mixed = disable_tqdm or self.rank != 0, self.mixed_precision_dtype
         with (
             torch.autocast(self.device.type, mixed, enabled=mixed is not None),
             tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as progress,
         ):
-            for (context, fed), indices in alike.items():
-                at = 0
-                for expected in self._expected(context, fed):
-                    first = expected.argmax(-1).tolist()
-                    for index in indices:
-                        wanted = requests[index][2][at : at + len(first)]
-                        sums[index] += float(expected[range(len(first)), wanted].sum())
-                        greedy[index] &= wanted == first
-                    at += len(first)
-                progress.update(len(indices))
-        answers = list(zip(sums, greedy, strict=True))
+            for context, continuations in grouped.items():
+                prefill = Prefill(self.model, self._ids(context)) if len(continuations) > 1 else len(context)
+                for fed, indices in continuations.items():
+                    at = 0
+                    for expected in self._expected(context, fed, prefill):
+                        first = expected.argmax(-1).tolist()
+                        for index in indices:
+                            wanted = requests[index][2][at : at + len(first)]
+                            total, greedy = answers[index]
+                            total += float(expected[range(len(first)), wanted].sum())
+                            answers[index] = (total, greedy and wanted == first)
+                        at += len(first)
+                    progress.update(len(indices))
         for (text, _, _), answer in zip(requests, answers, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
 
-    def _expected(self, context: tuple[int, ...], fed: tuple[int, ...]) -> Iterator[Tensor]:
+    def _cut(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what is fed at once and what is fed behind it: the last token of all is scored, and never fed."""
+        fed = tuple(continuation[:-1])
+        room = self.max_length - len(fed)
+        if room < 1:
+            raise OptionValueError("max_length", self.max_length, f"at least {len(continuation)}, the tokens to score")
+        return tuple(context[-room:]), fed
+
+    def _expected(self, context: tuple[int, ...], fed: tuple[int, ...], prefill: int | Prefill) -> Iterator[Tensor]:
         """Yield log-probabilities ``[some, vocabulary]`` behind the context and each token fed after it."""
-        tokens = [*context, *fed][-self.max_length :]
-        prefill = len(tokens) - len(fed)
-        if prefill < 1:
-            expected = f"more than the {len(fed)} tokens of a continuation before its last"
-            raise OptionValueError("max_length", self.max_length, expected)
         cache = self.candidate.make(self.model.config)
-        ids = torch.tensor([tokens], device=self.device)
-        for logits in forced_logits(self.model, cache, ids, prefill):
+        for logits in forced_logits(self.model, cache, self._ids(context + fed), prefill):
             yield torch.log_softmax(logits, -1, dtype=self.softmax_dtype)
         self._count(cache)
+
+    def _ids(self, tokens: tuple[int, ...]) -> Tensor:
+        return torch.tensor([tokens], device=self.device)
 
     # -------------------------------------------------------------------------------------------- what is reported
 
