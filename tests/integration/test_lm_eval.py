@@ -60,15 +60,14 @@ def evaluate(model: str, batch_size: int = 1, names: list[str] = NAMES, **argume
 
 
 def responses(samples: list[Any]) -> list[Any]:
-    """The answers to each question, in order; those of a question are lists of one."""
-    return [
-        [answer for (answer,) in sample["resps"]] for sample in sorted(samples, key=lambda sample: sample["doc_id"])
-    ]
+    """The answers to each question, in order; a process with fewer questions than others answers its last one again."""
+    return [[given[0] for given in one["resps"]] for one in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
 def scores(samples: list[Any]) -> list[float]:
-    """The log-likelihoods of all questions."""
-    return [answer[0] if isinstance(answer, (list, tuple)) else answer for row in responses(samples) for answer in row]
+    """The log-likelihoods of all questions; in files the harness writes them as texts."""
+    answers = [answer for row in responses(samples) for answer in row]
+    return [float(answer[0] if isinstance(answer, (list, tuple)) else answer) for answer in answers]
 
 
 @pytest.fixture(scope="module")
