@@ -193,11 +193,11 @@ def _some(count: int, what: str) -> str:
 def _cells(row: NeedleRow) -> list[str]:
     bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
     cells = [row.cache, bits, f"{row.cache_bits_per_element:.2f}", interval_text(row.retrieved, "{:.0f}", 100)]
-    cells += [interval_text(row.digits, "{:.0f}", 100), interval_text(row.nll, "{:.3g}")]
+    cells += [interval_text(row.digits, "{:.3g}", 100), interval_text(row.nll, "{:.3g}")]
     if row.cache == "full":
         return cells
     form = "{:.3g}" if (row.kl.high or row.kl.value) < 1 else "{:.0f}"
-    return [*cells, interval_text(row.kl, form, 1000), interval_text(row.agreement, "{:.1f}", 100)]
+    return [*cells, interval_text(row.kl, form, 1000), interval_text(row.agreement, "{:.3g}", 100)]
 
 
 def _grid(report: NeedleReport) -> Table:
