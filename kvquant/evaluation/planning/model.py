@@ -24,9 +24,9 @@ from kvquant.cache.cache import memory_of
 from kvquant.cache.compat import dynamic_layers
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.contenders import one_line
+from kvquant.evaluation.loading import DTYPES
 from kvquant.evaluation.planning.weights import Weights, count_weights
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 #: The type of weights where neither the config nor the user says one.
 DEFAULT_DTYPE = "bfloat16"
 
@@ -110,7 +110,7 @@ def model_shape(name: str, *, dtype: str = "auto", batch: int = 1, weights: int 
 
     Args:
         name: name of a model, its folder, or a config.json file.
-        dtype: one of `DTYPES`; ``auto`` takes the config's, or bfloat16 where it says none.
+        dtype: one of `loading.DTYPES`; ``auto`` takes the config's, or bfloat16 where it says none.
         batch: sequences at once.
         weights: bytes of the weights, None to count them.
 
