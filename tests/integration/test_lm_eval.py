@@ -147,14 +147,27 @@ def test_transformers_own_quantised_cache_through_the_same_class() -> None:
     assert 4 < told["bits_per_element"] <= 6
 
 
-def test_a_cache_that_quantised_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Or a user would take the scores of full precision for those of two bits."""
+@pytest.mark.parametrize(
+    ("context", "answer", "says"),
+    [
+        ([*range(9)], [5, 6], "reference:2: nothing was quantised, because every text fits in the full-precision win"),
+        ([*range(300)], [5], "reference:2: every answer that was scored has one token, which comes out of the prefill"),
+        ([*range(300)], [5, 6], ""),
+    ],
+)
+def test_scores_that_are_those_of_full_precision_say_so(
+    context: list[int], answer: list[int], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or a user would take them for those of two bits."""
     model = KVQuantLM(**MODEL, **TWO_BITS, device="cpu")
-    model._loglikelihood_tokens([(None, [5, 6, 7], [8])])
+    model._loglikelihood_tokens([(None, context, answer)], disable_tqdm=True)
     with caplog.at_level(logging.WARNING):
         told = model.get_model_info()["kvquant"]
-    assert (told["caches"], told["caches_that_quantized"], told["bits_per_element"]) == (1, 0, None)
-    assert "reference:2 quantised nothing: every text fits in its full-precision window" in caplog.text
+    assert (told["caches"], told["caches_that_quantized"]) == (1, len(context) // 300)
+    assert (told["scored_tokens"], told["scored_through_the_cache"]) == (len(answer), len(answer) - 1)
+    warned = [record.message for record in caplog.records if record.name.startswith("kvquant")]
+    assert says in "".join(warned)
+    assert len(warned) == bool(says)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -37,6 +37,9 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
         candidate: the cache, as `kvquant.evaluation.candidates` describes it.
         caches: how many caches have been filled in this process.
         quantizing: how many of them held quantised tokens at their end.
+        scored: tokens of continuations for which the model was asked.
+        scored_through: those of them that were asked for behind the prefill, with the cache in attention. The first of
+            a continuation comes out of the prefill, which attends in full precision, as when a text is generated.
     """
 
     def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
@@ -51,7 +54,7 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
             ConfigError, BackendError: the cache cannot be made, here or for this model; told before weights are loaded.
         """
         self.candidate, others = split_arguments({"pretrained": pretrained, **arguments})
-        self.caches = self.quantizing = 0
+        self.caches = self.quantizing = self.scored = self.scored_through = 0
         self._bits = 0.0
         super().__init__(**others)
         accelerator = getattr(self, "accelerator", None)
@@ -138,6 +141,8 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
         for logits in forced_logits(self.model, cache, self._ids(context + fed), prefill):
             yield torch.log_softmax(logits, -1, dtype=self.softmax_dtype)
         self._count(cache)
+        self.scored += 1 + len(fed)
+        self.scored_through += len(fed)
 
     def _ids(self, tokens: tuple[int, ...]) -> Tensor:
         return torch.tensor([tokens], device=self.device)
@@ -161,12 +166,9 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
 
         What is counted is this process's: of several the first writes the results.
         """
-        if self.caches and not self.quantizing and self.candidate.kind != FULL:
-            _LOG.warning(
-                "%s quantised nothing: every text fits in its full-precision window, so these are the scores of full "
-                "precision. A smaller residual_length, or longer texts, would show what it does.",
-                self.candidate.label,
-            )
+        doubt = self._doubt()
+        if doubt:
+            _LOG.warning("%s: %s", self.candidate.label, doubt)
         told = {
             "version": __version__,
             "cache": self.candidate.label,
@@ -175,5 +177,23 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
             "caches": self.caches,
             "caches_that_quantized": self.quantizing,
             "bits_per_element": self.bits_per_element,
+            "scored_tokens": self.scored,
+            "scored_through_the_cache": self.scored_through,
         }
         return {**super().get_model_info(), "kvquant": told}
+
+    def _doubt(self) -> str:
+        """Return why results are those of full precision although the cache quantises, empty where they are not."""
+        if self.candidate.kind == FULL:
+            return ""
+        if self.caches and not self.quantizing:
+            return (
+                "nothing was quantised, because every text fits in the full-precision window: these are the scores of "
+                "full precision. A smaller residual_length, or longer texts, would show what the cache does."
+            )
+        if self.scored and not self.scored_through:
+            return (
+                "every answer that was scored has one token, which comes out of the prefill of its question: these are "
+                "the scores of full precision. Longer answers, or tasks that generate, would show what the cache does."
+            )
+        return ""
