@@ -256,7 +256,7 @@ def _require(name: str) -> None:
     try:
         find_backend(name).require()
     except UnknownBackendError as cause:
-        known = sorted([*(backend.name for backend in list_backends()), *PRESETS, _TRANSFORMERS])
+        known = [*sorted(backend.name for backend in list_backends()), _TRANSFORMERS, *PRESETS]
         raise UnknownOptionError("backend", name, known) from cause
 
 

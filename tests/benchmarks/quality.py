@@ -19,6 +19,7 @@ from rich.progress import track
 
 from kvquant.cli.console import machine_line
 from kvquant.demo import HELDOUT_FILE
+from kvquant.engine.config import PRESETS
 from kvquant.evaluation import intervals
 from kvquant.evaluation.candidates import parse_candidates
 from kvquant.evaluation.intervals import Estimate
@@ -114,6 +115,7 @@ QUESTIONS = (
         "hqq:2:sink_length=4:rotation_key=hadamard:rotation_value=hadamard,kivi-2,kivi-2:sink_length=4",
         "reference:2",
     ),
+    Question("presets", "Which preset?", ",".join(PRESETS), "kivi-2"),
 )
 
 
