@@ -22,6 +22,7 @@ from kvquant.demo import HELDOUT_FILE
 from kvquant.engine.config import PRESETS
 from kvquant.evaluation import intervals
 from kvquant.evaluation.candidates import parse_candidates
+from kvquant.evaluation.haystack import Sentences
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import LoadedModel, load_model
@@ -42,6 +43,8 @@ SHARED = {
 }
 MODELS = {"model": None, "twin": 64}
 DEPTHS = (0, 25, 50, 75, 100)
+#: Keys under other names beside the one that is asked for: without them, caches that are told apart retrieve alike.
+DISTRACTORS = 8
 _COLOURS = {"model": "C0", "twin": "C3"}
 
 
@@ -145,7 +148,11 @@ def measure(loaded: LoadedModel, which: str, question: Question, chosen: argpars
 
 def recall(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[NeedleRow]:
     options = NeedleOptions(
-        candidates=parse_candidates(question.caches, SHARED), contexts=(CONTEXT,), depths=DEPTHS, trials=chosen.trials
+        candidates=parse_candidates(question.caches, SHARED),
+        contexts=(CONTEXT,),
+        depths=DEPTHS,
+        trials=chosen.trials,
+        sentences=Sentences(distractors=DISTRACTORS),
     )
     text = loaded.encode(HELDOUT_FILE.read_text("utf-8"))
     path = chosen.folder / f"{question.name}-{which}-recall.jsonl"
@@ -224,7 +231,7 @@ def main() -> None:
     scored = chosen.windows * CONTEXT // 2
     print(
         f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens; "
-        f"{len(DEPTHS) * chosen.trials} keys in {CONTEXT} tokens; 95 % intervals in brackets.\n"
+        f"{len(DEPTHS) * chosen.trials} keys among {DISTRACTORS} others in {CONTEXT} tokens; 95 % intervals in brackets.\n"
     )
     for question in questions:
         print(f"### {question.title}\n")
