@@ -79,7 +79,13 @@ def run_options(command: F) -> F:
     """Add ``--seed``, ``--output``, ``--plot`` and ``--json``."""
     return _with(
         command,
-        click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Seed of everything that is drawn.",
+        ),
         click.option(
             "--output",
             type=click.Path(dir_okay=False, path_type=Path),

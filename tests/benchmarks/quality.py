@@ -231,7 +231,8 @@ def main() -> None:
     scored = chosen.windows * CONTEXT // 2
     print(
         f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens; "
-        f"{len(DEPTHS) * chosen.trials} keys among {DISTRACTORS} others in {CONTEXT} tokens; 95 % intervals in brackets.\n"
+        f"{len(DEPTHS) * chosen.trials} keys among {DISTRACTORS} others in {CONTEXT} tokens; "
+        "95 % intervals in brackets.\n"
     )
     for question in questions:
         print(f"### {question.title}\n")
