@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from kvquant.cli.eval_options import (
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from kvquant.evaluation.intervals import Estimate
     from kvquant.evaluation.loading import LoadedModel
@@ -150,17 +151,16 @@ def _show(report: LongBenchReport, loaded: LoadedModel, machine: dict[str, Any],
     out = console()
     out.print(machine_line(machine), style="dim", markup=False)
     out.print(f"{loaded.title}, {report.settings['model']['dtype']}", markup=False)
-    out.print(_by_task("Score, 0 to 100", report.rows, lambda row: _interval(row.score, "{:.1f}")))
-    published = _published(report.rows, loaded.name)
-    if published is not None:
+    out.print(_by_task("Score, 0 to 100", report.rows, lambda row: _interval(row.score, "{:.1f}", between="\n")))
+    for published in _published(report.rows, loaded.name):
         out.print(published)
     others = [row for row in report.rows if row.cache != "full"]
     if others:
-        out.print(_by_task("KL divergence to full precision, 1/1000 nat", others, _kl))
-    if any(row.buckets for row in report.rows):
-        out.print(
-            _by_task("Score by length in words (questions)", [row for row in report.rows if row.buckets], _lengths)
-        )
+        kl = "KL divergence to full precision, 1/1000 nat"
+        out.print(_by_task(kl, others, lambda row: _kl(row, between="\n"), counts=False))
+    by_length = [row for row in report.rows if row.buckets]
+    if by_length:
+        out.print(_by_task("Score by length in words (questions)", by_length, _lengths, counts=False))
     whole = [row for row in report.rows if row.task == OVERALL] or list(report.rows)
     out.print(_by_cache(whole))
     for line in (*notes, *_notes(report)):
@@ -174,55 +174,68 @@ def _titled(title: str) -> Table:
     return Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def _by_task(title: str, rows: Sequence[LongBenchRow], cell: Cell) -> Table:
-    """A line for each task, a column for each cache."""
+def _by_task(title: str, rows: Sequence[LongBenchRow], cell: Cell, *, counts: bool = True) -> Table:
+    """A line for each task, a column for each cache; `counts` shows how tasks are scored, and their questions."""
     from rich.markup import escape
 
+    from kvquant.evaluation.longbench.tasks import METRIC_NAMES
+
     table = _titled(title)
-    table.add_column("task")
-    table.add_column("questions", justify="right")
+    table.add_column("task", no_wrap=True)
+    if counts:
+        table.add_column("metric")
+        table.add_column("questions", justify="right")
     caches = list(dict.fromkeys(row.cache for row in rows))
     for cache in caches:
         table.add_column(escape(re.sub(r"(?<=[a-z0-9])(?=:[a-z])", "\n", cache)), justify="right")
     for task in dict.fromkeys(row.task for row in rows):
         mine = {row.cache: row for row in rows if row.task == task}
-        if not next(iter(mine.values())).metric:
+        first = mine[caches[0]]
+        if not first.metric:
             table.add_section()
-        table.add_row(task, str(mine[caches[0]].questions), *(cell(mine[cache]) for cache in caches))
+        about = [METRIC_NAMES.get(first.metric, ""), str(first.questions)] if counts else []
+        table.add_row(task, *about, *(cell(mine[cache]) for cache in caches))
     return table
 
 
-def _kl(row: LongBenchRow) -> str:
-    return _interval(row.kl, "{:.3g}", 1000)
+def _kl(row: LongBenchRow, between: str = " ") -> str:
+    large = row.kl is not None and 1000 * (row.kl.high or row.kl.value) >= 1000
+    return _interval(row.kl, "{:.0f}" if large else "{:.3g}", 1000, between)
 
 
 def _lengths(row: LongBenchRow) -> str:
     return "\n".join(f"{bucket.name}: {bucket.score:.1f} ({bucket.questions})" for bucket in row.buckets)
 
 
-def _interval(estimate: Estimate | None, form: str, factor: float = 1) -> str:
+def _interval(estimate: Estimate | None, form: str, factor: float = 1, between: str = " ") -> str:
+    """Return a figure with its interval, if it has one, `between` the two."""
     if estimate is None:
         return "-"
     # Where all questions came out alike, drawing them again says that nothing else could have: it knows no better.
-    alike = estimate.low == estimate.high
-    return form.format(factor * estimate.value) if alike else interval_text(estimate, form, factor)
+    if estimate.low == estimate.high:
+        return form.format(factor * estimate.value)
+    return interval_text(estimate, form, factor).replace(" (", f"{between}(")
 
 
-def _published(rows: Sequence[LongBenchRow], name: str) -> Table | None:
-    """What others reported, a column for each cache that they had; None if they reported nothing."""
+def _published(rows: Sequence[LongBenchRow], name: str) -> Iterator[Table | Text]:
+    """What others reported, a column for each cache that they had, and where; nothing if they reported nothing."""
+    from rich.markup import escape
+    from rich.text import Text
+
     found = {row.task: {(one.source, one.cache): one.score for one in row.published} for row in rows if row.published}
     columns = list(dict.fromkeys(column for scores in found.values() for column in scores))
     if not columns:
-        return None
+        return
     sources = list(dict.fromkeys(source for source, _ in columns))
-    marks = ", ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
-    table = _titled(f"Published for {Path(name).name}, not measured here: {marks}".replace("[", r"\["))
-    table.add_column("task")
+    table = _titled(f"Published for {escape(Path(name).name)}, not measured here")
+    table.add_column("task", no_wrap=True)
     for source, cache in columns:
-        table.add_column(rf"{cache} \[{sources.index(source) + 1}]", justify="right")
+        table.add_column(escape(f"{cache}\n[{sources.index(source) + 1}]"), justify="right")
     for task, scores in found.items():
         table.add_row(task, *(f"{scores[column]:g}" if column in scores else "" for column in columns))
-    return table
+    yield table
+    for number, source in enumerate(sources, start=1):
+        yield Text(f"[{number}] {source}", style="dim")
 
 
 def _by_cache(rows: Sequence[LongBenchRow]) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvquant.evaluation.figures import MARKERS
+from kvquant.evaluation.longbench.tasks import METRIC_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kvquant.evaluation.longbench.report import LongBenchReport, LongBenchRow
 
 #: Inches that a task takes, and each cache within it.
-_TASK, _CACHE = 0.2, 0.13
+_TASK, _CACHE = 0.2, 0.1
 #: Share of a task's height over which its caches are spread.
 _SPREAD = 0.7
 
@@ -41,7 +42,10 @@ def draw(report: LongBenchReport) -> Figure:
     _published(left, tasks, report.rows)
     left.set_yticks(range(len(tasks)), [_named(task, report.rows) for task in tasks], fontsize=8)
     left.set_ylim(len(tasks) - 0.5, -0.5)
-    left.set_xlabel("score")
+    low, high = left.get_xlim()
+    left.set_xlim(max(-2, low - 2), min(102, high + 2))
+    left.ticklabel_format(axis="x", useOffset=False)
+    left.set_xlabel("score, 0 to 100")
     right.set_xlabel("KL divergence to full precision, nats")
     if any(row.kl is not None and row.kl.value > 0 for row in report.rows):
         right.set_xscale("log")
@@ -49,8 +53,11 @@ def draw(report: LongBenchReport) -> Figure:
         panel.grid(visible=True, axis="x", which="major", alpha=0.3)
         for boundary in range(1, len(tasks)):
             panel.axhline(boundary - 0.5, color="black", alpha=0.15, linewidth=0.6)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    named = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    labels = [*caches, *(label for label in named if label not in caches)]
+    figure.legend(
+        [named[label] for label in labels], labels, loc="outside lower left", ncols=3, fontsize=8, frameon=False
+    )
     return figure
 
 
@@ -83,4 +90,5 @@ def _published(panel: Axes, tasks: Sequence[str], rows: Sequence[LongBenchRow]) 
 
 def _named(task: str, rows: Sequence[LongBenchRow]) -> str:
     row = next(row for row in rows if row.task == task)
-    return f"{task}\n{row.metric.replace('_', ' ')}, {row.questions}" if row.metric else f"{task}\n{row.questions}"
+    asked = "1 question" if row.questions == 1 else f"{row.questions} questions"
+    return f"{task}\n{METRIC_NAMES[row.metric]}, {asked}" if row.metric else f"{task}\n{asked}"

@@ -43,6 +43,16 @@ class Task:
         return self.name != self.base
 
 
+#: Metric -> what it is called.
+METRIC_NAMES = {
+    "qa_f1": "F1",
+    "rouge_l": "ROUGE-L",
+    "classification": "accuracy",
+    "retrieval": "accuracy",
+    "count": "accuracy",
+    "code_similarity": "edit similarity",
+}
+
 _SINGLE, _MULTI, _SUMMARY = "single-document QA", "multi-document QA", "summarisation"
 _FEW_SHOT, _SYNTHETIC, _CODE = "few-shot learning", "synthetic", "code completion"
 
