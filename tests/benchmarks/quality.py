@@ -22,6 +22,8 @@ from kvquant.demo import HELDOUT_FILE
 from kvquant.engine.config import PRESETS
 from kvquant.evaluation import intervals
 from kvquant.evaluation.candidates import parse_candidates
+from kvquant.evaluation.figures import perplexity as bits_figure
+from kvquant.evaluation.figures import save
 from kvquant.evaluation.haystack import Sentences
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
@@ -30,7 +32,13 @@ from kvquant.evaluation.measure import describe_machine
 from kvquant.evaluation.needle import NeedleOptions, NeedleRow, measure_needle
 from kvquant.evaluation.needle import plan as questions_of
 from kvquant.evaluation.needle import run_settings as needle_settings
-from kvquant.evaluation.perplexity import PerplexityOptions, PerplexityRow, measure_perplexity, run_settings
+from kvquant.evaluation.perplexity import (
+    PerplexityOptions,
+    PerplexityReport,
+    PerplexityRow,
+    measure_perplexity,
+    run_settings,
+)
 
 CONTEXT = 1024
 #: KIVI's axes and window.
@@ -246,6 +254,10 @@ def main() -> None:
         if chosen.pictures is not None:
             by_model = {which: found[question.name, which] for which in chosen.models}
             draw(question, by_model, chosen.pictures / f"quality-{question.name}.png")
+    if chosen.pictures is not None:
+        for which in chosen.models:
+            if rows := found.get(("backends", which)):
+                save(bits_figure.draw(PerplexityReport({}, tuple(rows))), chosen.pictures / f"quality-bits-{which}.png")
 
 
 if __name__ == "__main__":
