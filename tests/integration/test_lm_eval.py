@@ -159,7 +159,7 @@ def test_scores_that_are_those_of_full_precision_say_so(
     context: list[int], answer: list[int], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Or a user would take them for those of two bits."""
-    model = KVQuantLM(**MODEL, **TWO_BITS, device="cpu")
+    model = KVQuantLM(**MODEL, **TWO_BITS)  # on a device that is there
     model._loglikelihood_tokens([(None, context, answer)], disable_tqdm=True)
     with caplog.at_level(logging.WARNING):
         told = model.get_model_info()["kvquant"]

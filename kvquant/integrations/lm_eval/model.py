@@ -56,6 +56,8 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
         self.candidate, others = split_arguments({"pretrained": pretrained, **arguments})
         self.caches = self.quantizing = self.scored = self.scored_through = 0
         self._bits = 0.0
+        if not torch.cuda.is_available():
+            others.setdefault("device", "cpu")  # in Python the harness's default is cuda, there or not
         super().__init__(**others)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None:
