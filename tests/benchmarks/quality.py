@@ -10,11 +10,13 @@ measured as `kvquant eval perplexity` and `kvquant eval needle` do it; options t
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 
 from kvquant.cli.console import machine_line
@@ -171,11 +173,17 @@ def recall(loaded: LoadedModel, which: str, question: Question, chosen: argparse
 # ------------------------------------------------------------------------------------------------ showing
 
 
-def told(estimate: Estimate, form: str, factor: float = 1) -> str:
-    value = form.format(factor * estimate.value)
+def told(estimate: Estimate, digits: int, factor: float = 1, sign: str = "") -> str:
+    """Write a figure and its interval with so many digits, those before the point in full."""
+
+    def written(value: float) -> str:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:{sign},.{min(places, 6)}f}"
+
+    value = written(factor * estimate.value)
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value} ({form.format(factor * estimate.low)} to {form.format(factor * estimate.high)})"
+    return f"{value} ({written(factor * estimate.low)} to {written(factor * estimate.high)})"
 
 
 def table(rows: Sequence[PerplexityRow], recalled: Sequence[NeedleRow], versus: str) -> list[str]:
@@ -184,10 +192,10 @@ def table(rows: Sequence[PerplexityRow], recalled: Sequence[NeedleRow], versus: 
     for row, keys in zip(rows, recalled, strict=True):
         if row.cache == "full":
             continue
-        ratio = "1" if row.kl_ratio is None else told(row.kl_ratio, "{:.3g}")
+        ratio = "1" if row.cache == versus or row.kl_ratio is None else told(row.kl_ratio, 2)
         bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
-        cells = [f"`{row.cache}`", bits, told(row.change, "{:+.2f}", 100), told(row.kl, "{:.3g}", 1000), ratio]
-        cells += [told(row.agreement, "{:.1f}", 100), told(keys.retrieved, "{:.0f}", 100)]
+        cells = [f"`{row.cache}`", bits, told(row.change, 2, 100, "+"), told(row.kl, 2, 1000), ratio]
+        cells += [told(row.agreement, 3, 100), told(keys.retrieved, 2, 100)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -228,12 +236,12 @@ def main() -> None:
     found = {
         (question.name, which): measure(loaded[which], which, question, chosen)
         for which in chosen.models
-        for question in track(questions, f"Measuring the {which}")
+        for question in track(questions, f"Measuring the {which}", console=Console(stderr=True))
     }
     recalled = {
         (question.name, which): recall(loaded[which], which, question, chosen)
         for which in chosen.models
-        for question in track(questions, f"Asking the {which}")
+        for question in track(questions, f"Asking the {which}", console=Console(stderr=True))
     }
     print(machine_line(describe_machine("cpu")))
     scored = chosen.windows * CONTEXT // 2
@@ -250,7 +258,7 @@ def main() -> None:
             rows, keys = found[question.name, which], recalled[question.name, which]
             full = next(row for row in keys if row.cache == "full")
             print("\n".join(table(rows, keys, question.versus)))
-            print(f"\nKeys recalled in full precision: {told(full.retrieved, '{:.0f}', 100)} %.\n")
+            print(f"\nKeys recalled in full precision: {told(full.retrieved, 2, 100)} %.\n")
         if chosen.pictures is not None:
             by_model = {which: found[question.name, which] for which in chosen.models}
             draw(question, by_model, chosen.pictures / f"quality-{question.name}.png")
