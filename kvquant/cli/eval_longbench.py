@@ -22,6 +22,7 @@ from kvquant.cli.eval_options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -167,20 +168,28 @@ def _show(report: LongBenchReport, loaded: LoadedModel, machine: dict[str, Any],
         out.print(line, style="dim", markup=False)
 
 
-def _titled(title: str) -> Table:
+def _table() -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def _by_task(title: str, rows: Sequence[LongBenchRow], cell: Cell, *, counts: bool = True) -> Table:
+def _titled(title: str, table: Table) -> Group:
+    """Return a table under its title, which a table of its own would break where it is narrow."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(Text(f"\n{title}", style="table.title"), table)
+
+
+def _by_task(title: str, rows: Sequence[LongBenchRow], cell: Cell, *, counts: bool = True) -> Group:
     """A line for each task, a column for each cache; `counts` shows how tasks are scored, and their questions."""
     from rich.markup import escape
 
     from kvquant.evaluation.longbench.tasks import METRIC_NAMES
 
-    table = _titled(title)
+    table = _table()
     table.add_column("task", no_wrap=True)
     if counts:
         table.add_column("metric")
@@ -195,7 +204,7 @@ def _by_task(title: str, rows: Sequence[LongBenchRow], cell: Cell, *, counts: bo
             table.add_section()
         about = [METRIC_NAMES.get(first.metric, ""), str(first.questions)] if counts else []
         table.add_row(task, *about, *(cell(mine[cache]) for cache in caches))
-    return table
+    return _titled(title, table)
 
 
 def _kl(row: LongBenchRow, between: str = " ") -> str:
@@ -217,7 +226,7 @@ def _interval(estimate: Estimate | None, form: str, factor: float = 1, between: 
     return interval_text(estimate, form, factor).replace(" (", f"{between}(")
 
 
-def _published(rows: Sequence[LongBenchRow], name: str) -> Iterator[Table | Text]:
+def _published(rows: Sequence[LongBenchRow], name: str) -> Iterator[Group | Text]:
     """What others reported, a column for each cache that they had, and where; nothing if they reported nothing."""
     from rich.markup import escape
     from rich.text import Text
@@ -227,22 +236,22 @@ def _published(rows: Sequence[LongBenchRow], name: str) -> Iterator[Table | Text
     if not columns:
         return
     sources = list(dict.fromkeys(source for source, _ in columns))
-    table = _titled(f"Published for {escape(Path(name).name)}, not measured here")
+    table = _table()
     table.add_column("task", no_wrap=True)
     for source, cache in columns:
         table.add_column(escape(f"{cache}\n[{sources.index(source) + 1}]"), justify="right")
     for task, scores in found.items():
         table.add_row(task, *(f"{scores[column]:g}" if column in scores else "" for column in columns))
-    yield table
+    yield _titled(f"Published for {Path(name).name}, not measured here, over all questions", table)
     for number, source in enumerate(sources, start=1):
         yield Text(f"[{number}] {source}", style="dim")
 
 
-def _by_cache(rows: Sequence[LongBenchRow]) -> Table:
+def _by_cache(rows: Sequence[LongBenchRow]) -> Group:
     """A line for each cache: everything about it over all tasks."""
     from rich.markup import escape
 
-    table = _titled(f"Over {rows[0].task if rows[0].metric else 'all tasks, the mean of their figures'}")
+    table = _table()
     table.add_column("cache", overflow="fold", min_width=18)
     for heading in (
         "bits per\nelement",
@@ -259,7 +268,8 @@ def _by_cache(rows: Sequence[LongBenchRow]) -> Table:
         if row.cache != "full":
             cells += [_interval(row.difference, "{:+.1f}"), _kl(row), _interval(row.agreement, "{:.1f}", 100)]
         table.add_row(*map(escape, cells))
-    return table
+    over = rows[0].task if rows[0].metric else "all tasks, the mean of their figures"
+    return _titled(f"Over {over}", table)
 
 
 def _notes(report: LongBenchReport) -> list[str]:

@@ -65,12 +65,14 @@ class TaskData:
         prompt: the benchmark's prompt, with fields of a row in braces.
         generated: tokens of an answer at most.
         rows: the questions.
+        is_sample: whether they are the shipped ones, and not the benchmark's.
     """
 
     task: Task
     prompt: str
     generated: int
     rows: tuple[Row, ...]
+    is_sample: bool = False
 
     def prompt_of(self, row: Row) -> str:
         """Return the prompt for a question."""
@@ -120,10 +122,12 @@ def read_tasks(folder: Path, tasks: Sequence[Task], limit: int | None = None) ->
             raise OptionValueError("data", str(folder), f"a text as the prompt of {task.base} in {PROMPTS}")
         if type(lengths[task.base]) is not int or lengths[task.base] < 1:
             raise OptionValueError("data", str(folder), f"a number of tokens for {task.base} in {LENGTHS}")
-    return tuple(
-        _checked(folder, TaskData(task, prompts[task.base], lengths[task.base], _read_rows(folder, task, limit)))
+    sample = folder.resolve() == SAMPLE_DIR
+    found = (
+        TaskData(task, prompts[task.base], lengths[task.base], _read_rows(folder, task, limit), sample)
         for task in tasks
     )
+    return tuple(_checked(folder, data) for data in found)
 
 
 def _find(folder: Path, name: str, inner: str) -> Path | None:
