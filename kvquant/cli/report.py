@@ -25,14 +25,14 @@ import click
 )
 @click.option("--title", help="Title of the page.")
 def report(files: tuple[Path, ...], output: Path, title: str | None) -> None:
-    r"""Put what was measured on one HTML page, with everything in it: tables, pictures, settings.
+    """Put what was measured on one HTML page, with everything in it: tables, pictures, settings.
 
     The files are what other commands print with --json, in any number and order:
 
     \b
       kvquant eval perplexity --json > perplexity.json
       kvquant eval needle --json > needle.json
-      kvquant eval longbench --json > longbench.json
+      kvquant eval longbench --data DIR --json > longbench.json
       kvquant bench --json > bench.json
       kvquant plan --json > plan.json
       kvquant report *.json --output report.html
@@ -40,7 +40,7 @@ def report(files: tuple[Path, ...], output: Path, title: str | None) -> None:
     On top stands a table of what each cache loses and gains, joined from all of them; a section for each measurement
     follows. Measurements of several models, or of a model and its outlier twin, stand side by side. Files that
     measured the same of other caches are put together.
-    """
+    """  # noqa: D301 # click wants the control character
     from kvquant._version import __version__
     from kvquant.evaluation.page import TITLE, check_output, make_page, require_libraries, write_page
     from kvquant.evaluation.reports import read_report

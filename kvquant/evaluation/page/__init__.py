@@ -59,10 +59,11 @@ def make_page(files: Sequence[ReportFile], title: str = TITLE) -> str:
     """Return the page as HTML.
 
     Args:
-        files: what to show, in this order; one at least.
+        files: what to show, one at least; of one kind in this order.
         title: of the page.
     """
-    measured = measurements(files)
+    kinds = list(KINDS)
+    measured = measurements(sorted(files, key=lambda file: kinds.index(file.kind)))
     return _template().render(
         title=title,
         files=files,

@@ -39,8 +39,8 @@ def lead(report: BenchReport) -> tuple[str, ...]:
     heads = f"{model['heads']} query and {model['kv_heads']} key/value heads of {model['head_dim']}"
     measured = (
         "Each cache is filled with random states, as a prefill would do it, and then decodes real tokens through "
-        f"{what}: {model['layers']} layers, {heads}, {model['dtype']}, {plural(options.batch, 'sequence')}. In each of "
-        f"{plural(options.rounds, 'round')} of {plural(options.steps, 'step')} the caches take turns."
+        f"{what}: {model['layers']} layers, {heads}, {model['dtype']}, {plural(options.batch, 'sequence')}. Every "
+        f"cache has its turn in {plural(options.rounds, 'round')} of {plural(options.steps, 'step')}."
     )
     said = [measured, f"Memory is read at {report.bandwidth / 1e9:.1f} GB/s."]
     if report.floor is not None:
