@@ -122,7 +122,7 @@ def _section(one: Measurement, number: int) -> Section:
     return Section(
         anchor=f"section-{number}",
         title=shown.TITLE,
-        subtitle=one.model,
+        subtitle=one.subject,
         lead=shown.lead(report),
         pictures=(picture(lambda: figure.draw(report), seen),) if seen else (),
         tables=shown.tables(report),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +33,19 @@ class Measurement:
         kind, model: as in `ReportFile`.
         report: its caches have the names of the page.
         files: where it comes from, with reports as they were read.
+        apart: what tells it from others of its kind and model, the names of its files; empty where there are none.
     """
 
     kind: str
     model: str
     report: Report
     files: tuple[ReportFile, ...]
+    apart: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What was measured, in words, told apart from others of its kind."""
+        return f"{self.model} ({self.apart})" if self.apart else self.model
 
 
 def measurements(files: Sequence[ReportFile]) -> list[Measurement]:
@@ -47,10 +54,14 @@ def measurements(files: Sequence[ReportFile]) -> list[Measurement]:
     together: dict[str, list[ReportFile]] = defaultdict(list)
     for number, file in enumerate(files):
         together[_comparable(file) or str(number)].append(file)
-    return [
-        Measurement(same[0].kind, same[0].model, _merged([_renamed(file.report, names) for file in same]), tuple(same))
-        for same in together.values()
-    ]
+    subjects = Counter((same[0].kind, same[0].model) for same in together.values())
+    found = []
+    for same in together.values():
+        kind, model = same[0].kind, same[0].model
+        apart = ", ".join(file.name for file in same) if subjects[kind, model] > 1 else ""
+        report = _merged([_renamed(file.report, names) for file in same])
+        found.append(Measurement(kind, model, report, tuple(same), apart))
+    return found
 
 
 def _comparable(file: ReportFile) -> str:

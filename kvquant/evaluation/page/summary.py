@@ -79,10 +79,9 @@ def _caches(named: Sequence[tuple[Measurement, Group]]) -> list[str]:
 
 
 def _headed(one: Measurement, group: Group, model: str) -> Group:
-    """Say in the heading of columns of which model they are, where that is not the table's."""
-    if one.model in (model, plain_model(model)):
-        return group
-    return dataclasses.replace(group, heading=f"{group.heading} ({one.model})")
+    """Say in the heading of columns of which model they are, where that is not the table's, or of which files."""
+    of = one.apart if one.model in (model, plain_model(model)) else one.subject
+    return dataclasses.replace(group, heading=f"{group.heading} ({of})") if of else group
 
 
 def bits_per_element(measured: Iterable[Measurement]) -> dict[str, float]:

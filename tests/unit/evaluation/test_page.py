@@ -267,8 +267,14 @@ def test_what_was_measured_otherwise_stays_apart(other: dict[str, Any]) -> None:
 
 
 def test_times_of_two_runs_are_never_put_together() -> None:
-    """Speed is compared within a run."""
-    assert len(measurements([file("bench"), file("bench")])) == 2
+    """Speed is compared within a run; the names of the files tell the two apart."""
+    files = file("bench", name="one.json"), file("bench", name="two.json")
+    subjects = [f"LlamaForCausalLM, random weights ({one.name})" for one in files]
+    assert [one.subject for one in measurements(files)] == subjects
+    (found,) = summed_up(*files)
+    assert [group.heading for group in found.tables[0].groups] == [
+        f"Bench, 4k tokens, on cpu ({one})" for one in subjects
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ what is told

@@ -19,7 +19,7 @@ def lead(report: NeedleReport) -> tuple[str, ...]:
     settings = report.settings
     fed = "The answer goes" if settings.get("prefill_question") else "Question and answer go"
     what = (
-        "A key is stated somewhere in a long text and asked for at its end. It counts as found where greedy generation "
+        "A key is stated somewhere in a long text and asked for at its end. It is retrieved where greedy generation "
         f"says all of it. {fed} through the cache, what stands before in one pass."
     )
     distractors = settings.get("distractors")
@@ -38,19 +38,17 @@ def seen(report: NeedleReport) -> str:
     contexts = listing([tokens(context) for context in dict.fromkeys(row.context for row in report.rows)])
     shares = ", ".join(f"{cache} {100 * _share(report, cache):.0f} %" for cache in caches)
     return shortened(
-        f"A heat map for each of {plural(len(caches), 'cache')}: keys found, by contexts of {contexts} tokens and by "
-        f"depth. Over all of them: {shares}.",
+        f"A heat map for each of {plural(len(caches), 'cache')}: keys retrieved, by contexts of {contexts} tokens and "
+        f"by depth. Over all of them: {shares}.",
         900,
     )
 
 
 def notes(report: NeedleReport) -> tuple[str, ...]:
     """Return what to keep in mind."""
-    said = [
-        "Smaller figures: 95 % confidence intervals, Wilson's for keys found, from questions drawn again for others."
-    ]
+    said = ["Smaller figures: 95 % confidence intervals, Wilson's for keys, from questions drawn again for others."]
     if all(row.retrieved.value == 1 for row in report.rows):
-        said.append("All keys are found; the negative log-likelihood of the answers still tells caches apart.")
+        said.append("All keys are retrieved; the negative log-likelihood of the answers still tells caches apart.")
     return tuple(said)
 
 
@@ -60,7 +58,7 @@ def summary(report: NeedleReport) -> Group:
     rows = [row for row in report.rows if row.context == longest]
     return Group(
         f"Needle, {tokens(longest)} tokens, {plural(rows[0].questions, 'question')}",
-        (Column("keys found, %", {row.cache: estimate(row.retrieved, "{:.0f}", 100) for row in rows}),),
+        (Column("keys retrieved, %", {row.cache: estimate(row.retrieved, "{:.0f}", 100) for row in rows}),),
     )
 
 
@@ -90,14 +88,14 @@ def _table(rows: Sequence[NeedleRow]) -> Table:
     others = [row for row in rows if row.cache != FULL]
     depths = [_at_depth(rows, place) for place in range(len(first.depths)) if len(first.depths) > 1]
     return Table.of(
-        f"{tokens(first.context)} tokens, {plural(first.questions, 'question')}: keys found at each depth, in % of the "
-        "text before them",
+        f"{tokens(first.context)} tokens, {plural(first.questions, 'question')}: keys retrieved at each depth, "
+        "in % of the text before them",
         Column("bits per element", {row.cache: number(row.bits_per_element) for row in rows}),
         Column("bits, whole cache", {row.cache: number(row.cache_bits_per_element) for row in rows}),
-        Column("keys found, %", {row.cache: estimate(row.retrieved, "{:.0f}", 100) for row in rows}),
+        Column("keys retrieved, %", {row.cache: estimate(row.retrieved, "{:.0f}", 100) for row in rows}),
         *depths,
         Column("digits right, %", {row.cache: estimate(row.digits, "{:.0f}", 100) for row in rows}),
-        Column("answer's negative log-likelihood, nat", {row.cache: estimate(row.nll, "{:.3g}") for row in rows}),
+        Column("\N{MINUS SIGN}log p of the answer, nat", {row.cache: estimate(row.nll, "{:.3g}") for row in rows}),
         Column("KL, 1/1000 nat", {row.cache: estimate(row.kl, "{:.3g}", 1000) for row in others}),
         Column("first choice agrees, %", {row.cache: estimate(row.agreement, "{:.1f}", 100) for row in others}),
     )
