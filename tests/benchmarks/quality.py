@@ -209,9 +209,9 @@ def draw(question: Question, found: dict[str, list[PerplexityRow]], path: Path) 
     panel = figure.subplots()
     for shift, (which, rows) in zip((-0.14, 0.14), found.items(), strict=False):
         shown = {row.cache: row.kl for row in rows}
-        values = [shown[label].value for label in labels]
-        lows = [max(0.0, shown[label].value - (shown[label].low or 0)) for label in labels]
-        highs = [max(0.0, (shown[label].high or 0) - shown[label].value) for label in labels]
+        values = [1000 * shown[label].value for label in labels]
+        lows = [1000 * max(0.0, shown[label].value - (shown[label].low or 0)) for label in labels]
+        highs = [1000 * max(0.0, (shown[label].high or 0) - shown[label].value) for label in labels]
         places: Any = [at + shift for at in range(len(labels))]
         name = {"model": "shipped model", "twin": "its outlier twin"}[which]
         panel.errorbar(
@@ -220,7 +220,8 @@ def draw(question: Question, found: dict[str, list[PerplexityRow]], path: Path) 
     panel.set_yticks(range(len(labels)), labels, fontsize=8, family="monospace")
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.set_xlabel("KL divergence to full precision, nats, with 95 % intervals (less is better)")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlabel("KL divergence to full precision, 1/1000 nat, with 95 % intervals (less is better)")
     panel.set_title(question.title, loc="left", fontsize=11)
     panel.grid(visible=True, axis="x", alpha=0.3)
     figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
