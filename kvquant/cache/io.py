@@ -165,7 +165,7 @@ def load_cache(
         with torch.inference_mode(False), torch.no_grad():  # noqa: FBT003  # torch knows it by position only
             saved = Saved(dict(header.description), sources)
             _check_model(header, model, model_config)
-            config = _config(saved, header, given=device is not None)
+            config = _config(saved, given=device is not None)
             expected = model.config if model is not None else model_config
             templates = None if expected is None else fitting(config, expected)
             layers = _layers(header, saved, config, target, templates, expected)
@@ -174,6 +174,8 @@ def load_cache(
                 raise saved.misfit(f"has a tensor that nothing asks for: {next(iter(sources))[:80]!r}")
     except MisfitError as cause:
         raise CacheFileError(header.path, f"{cause}.") from cause
+    except ConfigError as cause:
+        raise CacheFileError(header.path, f"its options cannot work here: {cause}") from cause
     return Loaded(config, layers, templates is not None or saved.value("fixed") is True, token_ids)
 
 
@@ -210,16 +212,15 @@ def _check_model(header: Header, model: PreTrainedModel | None, config: PreTrain
         raise OtherModelError(header.path, differences)
 
 
-def _config(saved: Saved, header: Header, *, given: bool) -> CacheConfig:
+def _config(saved: Saved, *, given: bool) -> CacheConfig:
     """Return the options of a file.
 
     Args:
         saved: the file's description.
-        header: the file.
         given: whether a device was asked for: then one of the file that is not here gives way to it.
 
     Raises:
-        CacheFileError: they cannot work here.
+        ConfigError, MisfitError: they cannot work here.
     """
     options = dict(saved.mapping("config"))
     layers = options.get("layers", {})
@@ -227,16 +228,18 @@ def _config(saved: Saved, header: Header, *, given: bool) -> CacheConfig:
         numbers = [part.strip() for end in str(key).split(",") for part in end.split("-")]
         if any(len(number) > 6 or not number.isdecimal() or int(number) >= MOST_LAYERS for number in numbers):
             raise saved.misfit(f"has options for layers {str(key)[:40]!r}, and {MOST_LAYERS} layers are the most")
+    if not isinstance(options.get("device"), (str, type(None))):
+        raise saved.misfit("has a device that is none")
     try:
         config = CacheConfig.from_dict(options)
-        try:
-            check_device(config)
-        except OptionValueError:
-            if not given:
-                raise
-            config = dataclasses.replace(config, device=None)
-    except (ConfigError, TypeError) as cause:
-        raise CacheFileError(header.path, f"its options cannot work here: {cause}") from cause
+    except TypeError as cause:  # where a text should be a list, say
+        raise saved.misfit(f"has options that are none ({cause})") from cause
+    try:
+        check_device(config)
+    except OptionValueError:
+        if not given:
+            raise
+        return dataclasses.replace(config, device=None)
     return config
 
 

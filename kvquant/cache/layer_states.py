@@ -23,8 +23,11 @@ from kvquant.errors import UnsavableCacheError
 QUANTIZED = "quantized"
 STREAMS = ("key", "value")
 
-#: Attributes that layers get with their first states only.
-_LATE = ("dtype", "device", "indexer_dtype", "indexer_device")
+#: Attributes that are types or devices; some layers get them with their first states only.
+_TYPES, _DEVICES = ("dtype", "indexer_dtype"), ("device", "indexer_device")
+
+#: Numbers that are None before the first states; all else that is None then are tensors.
+_LATE_NUMBERS = "conv_kernel_size"
 
 #: What a layer's class wants to know, and the most that it may be.
 _ARGUMENTS = {"sliding_window": 1 << 40, "number_of_states": 1 << 10}
@@ -144,12 +147,15 @@ def restored_layer(saved: Saved, device: torch.device, template: Any = None) -> 
     classes = layer_classes()
     kind, saved = saved.text("kind", classes), saved.part("attributes")
     arguments = {name: saved.integer(name, 1, most) for name, most in _ARGUMENTS.items() if name in saved}
-    layer = classes[kind](**arguments) if template is None else copy.deepcopy(template)
+    try:
+        layer = classes[kind](**arguments) if template is None else copy.deepcopy(template)
+    except TypeError as cause:
+        raise saved.misfit(f"lacks what a {kind} is made of ({cause})") from cause
     for name, value in arguments.items():
         if vars(layer).get(name) != value:
             raise saved.misfit(f"has {name}={value}, and the model's is {vars(layer).get(name)}")
     for attribute in saved:
-        if attribute not in vars(layer) and attribute not in _LATE:
+        if attribute not in vars(layer) and attribute not in (*_TYPES, *_DEVICES):
             raise saved.misfit(f"has {attribute[:40]!r}, which no {kind} has")
         before, value = vars(layer).get(attribute), saved.value(attribute)
         if isinstance(before, dict):
@@ -171,19 +177,20 @@ def _items(saved: Saved, attribute: str, before: dict[Any, Any], device: torch.d
 
 def _read(saved: Saved, name: str, value: object, before: object, device: torch.device) -> object:
     """Return what `_written` wrote, if it can stand where `before` stands now."""
-    if value == {"tensor": name} and (before is None or isinstance(before, Tensor)):
-        return saved.take_any(name).to(device)
-    if value == {"device": None} and (before is None or isinstance(before, torch.device)):
-        return device
-    if isinstance(value, dict) and set(value) == {"dtype"} and (before is None or isinstance(before, torch.dtype)):
+    if name in _TYPES and isinstance(value, dict) and set(value) == {"dtype"}:
         dtype = getattr(torch, str(value["dtype"]), None)
         if isinstance(dtype, torch.dtype):
             return dtype
-    if value is None and (before is None or isinstance(before, Tensor)):
-        return None
-    if type(value) is bool and type(before) is bool:
-        return value
-    if type(value) is int and (before is None or type(before) is int) and value >= 0:
+    elif name in _DEVICES and value == {"device": None}:
+        return device
+    elif before is None or isinstance(before, Tensor):
+        if value is None:
+            return None
+        if value == {"tensor": name} and name not in (*_TYPES, *_DEVICES):
+            return saved.take_any(name).to(device)
+        if name.startswith(_LATE_NUMBERS) and type(value) is int and value >= 0:
+            return value
+    elif type(value) is type(before) and isinstance(value, (bool, int)) and value >= 0:
         return value
     raise saved.misfit(f"has {name}={str(value)[:40]}, which does not fit there")
 

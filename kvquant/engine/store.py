@@ -300,9 +300,10 @@ class Store:
         self.body.restore(saved.part("body"), self.batch)
         if len(self.body):
             shape = (self.batch, self.kv_heads, self._policy.sink_length, self.head_dim)
-            self.sink = self.recent.data.new_empty(shape)
             if self._policy.sink_length:
-                self.sink.copy_(saved.take("sink", shape, [dtype_name(self.dtype)]))
+                self.sink = saved.take("sink", shape, [dtype_name(self.dtype)]).to(self.device, copy=True)
+            else:
+                self.sink = self.recent.data.new_empty(shape)
         self.recent.restore(saved.part("window"))
         if self.leaving(0):
             raise saved.misfit(f"has {len(self.recent)} tokens in its window, some of which should be quantised")
