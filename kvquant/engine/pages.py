@@ -190,10 +190,8 @@ class CanonicalPage:
             "offset": None if self.offset is None else self.offset[:, :, :scales],
             "table": self.table,
         }
-        # Behind a page that ends inside a group nothing is written again, whatever room it has.
-        capacity = self.length if self.length % self._block else self.capacity
         given: dict[str, Tensor | Stack] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return State(given, {"length": self.length, "capacity": capacity})
+        return State(given, {"length": self.length, "capacity": self.capacity})
 
     @classmethod
     def restored(cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int) -> CanonicalPage:
