@@ -19,6 +19,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -328,7 +329,9 @@ def _ids(saved: Saved, layers: Sequence[Any]) -> Tensor | None:
 
 
 def _memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory."""
+    """Return the bytes of a device's memory, or of more than there is where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,9 +16,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import kvquant
 from kvquant import CacheConfig, QuantizedCache
 from kvquant.attention.kernels import VARIABLE
+from kvquant.errors import CacheFileError
 from kvquant.plugin import BackendSpec, Capabilities, Opaque
 from tests.support import FORMATS, SMALL_MODEL, OpaqueMinMax
-from tests.unit.cache.files import assert_same
+from tests.unit.cache.files import assert_same, tampered
 
 pytestmark = pytest.mark.usefixtures("formats")
 
@@ -141,7 +142,6 @@ def test_a_hybrid_model_goes_on(tmp_path):
     config = JambaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4,
-        use_mamba_kernels=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -322,6 +322,16 @@ def test_where_the_states_go(tmp_path, llama):
         assert QuantizedCache.load(path, **options).layers[0].device == torch.device("cpu")
     with pytest.raises(kvquant.KVQuantError, match="device='meta' cannot work"):
         QuantizedCache.load(path, device="meta")
+
+
+def test_quantised_tokens_on_a_device_that_is_not_here(tmp_path):
+    """They go where the states are asked to go; nobody else decides where that is."""
+    filled(QuantizedCache(group_size=16, residual_length=16, device="cpu")).save(tmp_path / "cache.kvq")
+    assert QuantizedCache.load(tmp_path / "cache.kvq", "cpu").config.device == "cpu"
+    path = tampered(tmp_path / "cache.kvq", lambda told: told["config"].update(device="cuda:99"))
+    with pytest.raises(CacheFileError, match="device='cuda:99' cannot work: expected a device that this machine has"):
+        QuantizedCache.load(path)
+    assert QuantizedCache.load(path, "cpu").config.device is None
 
 
 def test_a_cache_loaded_in_inference_mode_goes_on_outside_it(tmp_path):
