@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Gemma3TextConfig
 
+from kvquant import QuantizedCache
 from kvquant.cache.header import header_bytes, read_header
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.layer_states import layer_state
 from kvquant.engine.state import Stack
+
+OPTIONS = {"nbits": 3, "group_size": 8, "residual_length": 8, "sink_length": 2}
+GEMMA = Gemma3TextConfig(
+    num_hidden_layers=2, sliding_window=8, head_dim=16, layer_types=["sliding_attention", "full_attention"]
+)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -42,4 +49,14 @@ def tampered(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     change(description)
     numbers = path.read_bytes()[header.start :]
     path.write_bytes(header_bytes(json.dumps(description), header.entries, header.checksums) + numbers)
+    return path
+
+
+def make(path: Path, backend: str = "test-affine", config: Any = None, batch: int = 1) -> Path:
+    """Save a small cache of two layers, most of it quantised."""
+    cache = QuantizedCache(backend, config, **OPTIONS)
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        cache.update(*(torch.randn(batch, 2, 60, 16, generator=generator) for _ in range(2)), layer)
+    cache.save(path)
     return path
