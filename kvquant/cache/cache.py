@@ -235,7 +235,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def memory_report(self) -> MemoryReport:
         """Return the cache's memory by layer and part."""
-        memories = tuple(_memory(index, layer) for index, layer in enumerate(self.layers))
+        memories = tuple(memory_of(index, layer) for index, layer in enumerate(self.layers))
         return MemoryReport(memories, _attention(self.layers))
 
     def __repr__(self) -> str:
@@ -266,10 +266,19 @@ def _attention(layers: list[Any]) -> str:
     return ", ".join(found)
 
 
-def _memory(index: int, layer: Any) -> LayerMemory:
+def memory_of(index: int, layer: Any) -> LayerMemory:
+    """Return what the memory of a layer is made of, of transformers' own layers too.
+
+    Args:
+        index: the layer's number.
+        layer: any layer of a cache; layers of linear attention keep their states in mappings.
+    """
     if isinstance(layer, QuantizedLayer):
         return layer.memory()
-    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    values = [
+        part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])
+    ]
+    held = [value for value in values if isinstance(value, Tensor)]
     tokens = layer.get_seq_length() if held and hasattr(layer, "get_seq_length") else 0
     return layer_memory(index, int(tokens), (0, 0), [("full precision", tensor, tensor.nbytes) for tensor in held])
 

@@ -32,6 +32,8 @@ def head_dim(config: PreTrainedConfig | None) -> int | None:
     if config is None:
         return None
     text = config.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):
+        return None  # layers differ, and such a config refuses to speak for all of them
     if any(getattr(text, name, None) is not None for name in _LATENT_ATTENTION):
         return None
     stated = getattr(text, "head_dim", None)

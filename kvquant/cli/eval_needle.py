@@ -167,8 +167,8 @@ def _table(rows: list[NeedleRow], settings: dict[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    depths, keys, digits = len(settings["depths"]), settings["trials"], settings["digits"]
-    title = f"\n{rows[0].context} tokens, {_some(depths, 'depth')}, {_some(keys, 'key')} of {_some(digits, 'digit')} at each"
+    depths, keys = _some(len(settings["depths"]), "depth"), _some(settings["trials"], "key")
+    title = f"\n{rows[0].context} tokens, {depths}, {keys} of {_some(settings['digits'], 'digit')} at each"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cache", overflow="fold", min_width=18)
     for heading in (
@@ -193,11 +193,11 @@ def _some(count: int, what: str) -> str:
 def _cells(row: NeedleRow) -> list[str]:
     bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
     cells = [row.cache, bits, f"{row.cache_bits_per_element:.2f}", interval_text(row.retrieved, "{:.0f}", 100)]
-    cells += [interval_text(row.digits, "{:.0f}", 100), interval_text(row.nll, "{:.3g}")]
+    cells += [interval_text(row.digits, "{:.3g}", 100), interval_text(row.nll, "{:.3g}")]
     if row.cache == "full":
         return cells
     form = "{:.3g}" if (row.kl.high or row.kl.value) < 1 else "{:.0f}"
-    return [*cells, interval_text(row.kl, form, 1000), interval_text(row.agreement, "{:.1f}", 100)]
+    return [*cells, interval_text(row.kl, form, 1000), interval_text(row.agreement, "{:.3g}", 100)]
 
 
 def _grid(report: NeedleReport) -> Table:

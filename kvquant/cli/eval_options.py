@@ -59,6 +59,14 @@ def cache_options(command: F) -> F:
             "as transformers:quanto:4. For example reference:8:4:2,hqq:2:group_size=32,reference:2:axis_key=token."
             f"  [default: {DEFAULT_BACKENDS}, as far as they are installed]",
         ),
+        setting_options,
+    )
+
+
+def setting_options(command: F) -> F:
+    """Add the options of `SHARED`, which hold for all of kvquant's caches."""
+    return _with(
+        command,
         click.option("--group-size", type=int, help="Numbers that share a scale, for all of kvquant's caches."),
         click.option("--residual-length", type=int, help="Recent tokens in full precision, likewise."),
         click.option("--sink-length", type=int, help="First tokens in full precision, likewise."),
@@ -71,7 +79,13 @@ def run_options(command: F) -> F:
     """Add ``--seed``, ``--output``, ``--plot`` and ``--json``."""
     return _with(
         command,
-        click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Seed of everything that is drawn.",
+        ),
         click.option(
             "--output",
             type=click.Path(dir_okay=False, path_type=Path),

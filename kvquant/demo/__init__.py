@@ -15,5 +15,7 @@ MODEL_DIR = _HERE / "model"
 PROMPT_FILE = _HERE / "prompt.txt"
 #: Prose that the shipped model never saw, for perplexity.
 HELDOUT_FILE = _HERE / "heldout.txt"
+#: A handful of questions in LongBench's format that the shipped model can answer, and prompts for them.
+LONGBENCH_DIR = _HERE / "longbench"
 
-__all__ = ["HELDOUT_FILE", "MODEL_DIR", "PROMPT_FILE"]
+__all__ = ["HELDOUT_FILE", "LONGBENCH_DIR", "MODEL_DIR", "PROMPT_FILE"]

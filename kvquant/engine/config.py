@@ -22,11 +22,19 @@ from kvquant.errors import OptionValueError, UnknownOptionError
 
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
+_KIVI_AXES = {"axis_key": "channel", "axis_value": "token"}
+#: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks; bits go to keys first.
+_MEASURED = {**_KIVI_AXES, "group_size": 64, "residual_length": 128, "sink_length": 4}
+
 #: Named settings. KIVI's are those of its paper (arXiv 2402.02750, section 4.1): group 32, a window of 128 tokens.
 PRESETS: dict[str, dict[str, Any]] = {
-    "kivi-2": {"nbits": 2, "axis_key": "channel", "axis_value": "token", "group_size": 32, "residual_length": 128},
-    "kivi-4": {"nbits": 4, "axis_key": "channel", "axis_value": "token", "group_size": 32, "residual_length": 128},
-    "int8": {"nbits": 8, "axis_key": "channel", "axis_value": "token", "group_size": 64, "residual_length": 64},
+    "smallest": {"nbits": 2, **_MEASURED},
+    "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED},
+    "balanced": {"nbits": 4, **_MEASURED},
+    "accurate": {"nbits": 4, "nbits_key": 8, "nbits_value": 4, **_MEASURED},
+    "kivi-2": {"nbits": 2, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
+    "kivi-4": {"nbits": 4, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
+    "int8": {"nbits": 8, **_KIVI_AXES, "group_size": 64, "residual_length": 64},
 }
 
 

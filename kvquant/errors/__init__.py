@@ -44,6 +44,7 @@ attributes, so that code need not parse text::
     ├── MissingExtraError (ImportError)     a library that only an extra brings
     ├── MalformedLineError (ValueError)     a line of a JSONL file that is not what it should be
     ├── OutOfMemoryError (MemoryError)      memory ran out in an evaluation
+    ├── ReportFileError (ValueError)        a file that is not the JSON of a report
     └── PendingAssignmentError (RuntimeError)  keys were assigned, and values that fit them were not
 """
 
@@ -63,6 +64,7 @@ from kvquant.errors.evaluation import (
     JournalSettingsError,
     MalformedLineError,
     OutOfMemoryError,
+    ReportFileError,
 )
 from kvquant.errors.files import (
     CacheFileError,
@@ -119,6 +121,7 @@ __all__ = [
     "JournalSettingsError",
     "MalformedLineError",
     "OutOfMemoryError",
+    "ReportFileError",
     "CacheFileError",
     "CacheSaveError",
     "CacheTooLargeError",

@@ -59,6 +59,19 @@ class OutOfMemoryError(KVQuantError, MemoryError):
         super().__init__(f"out of memory in {part}. {parts}. What needs less: {advice}.")
 
 
+class ReportFileError(KVQuantError, ValueError):
+    """A file that is not the JSON of a report.
+
+    Attributes:
+        path: the file.
+        problem: what it is instead, or what is wrong with it.
+    """
+
+    def __init__(self, path: object, problem: str) -> None:
+        self.path, self.problem = str(path), problem
+        super().__init__(f"{self.path} is {self.problem}.")
+
+
 def _short(value: object) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -109,7 +109,7 @@ def parse_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tupl
     shared = {name: value for name, value in (shared or {}).items() if value is not None}
     CacheConfig.from_dict(shared)  # values that can never work are an error even if no candidate takes them
     found = [Candidate(FULL, FULL)]
-    for part in _split(text):
+    for part in split_candidates(text):
         if part == FULL:
             continue
         name, *details = (detail.strip() for detail in _outside_brackets(part, ":"))
@@ -134,7 +134,7 @@ def usable_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tup
     """
     usable: list[str] = []
     left_out: list[str] = []
-    for part in _split(text):
+    for part in split_candidates(text):
         try:
             for candidate in parse_candidates(part, shared):
                 if candidate.kind == _TRANSFORMERS:
@@ -150,7 +150,8 @@ def usable_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tup
 _SOME_MODEL = PreTrainedConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1)
 
 
-def _split(text: str) -> list[str]:
+def split_candidates(text: str) -> list[str]:
+    """Return the candidates in a text as they are written there; commas within brackets separate nothing."""
     return [part.strip() for part in _outside_brackets(text, ",")]
 
 
@@ -255,7 +256,7 @@ def _require(name: str) -> None:
     try:
         find_backend(name).require()
     except UnknownBackendError as cause:
-        known = sorted([*(backend.name for backend in list_backends()), *PRESETS, _TRANSFORMERS])
+        known = [*sorted(backend.name for backend in list_backends()), _TRANSFORMERS, *PRESETS]
         raise UnknownOptionError("backend", name, known) from cause
 
 

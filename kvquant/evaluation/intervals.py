@@ -44,8 +44,8 @@ def require_scipy() -> None:
         raise MissingExtraError("scipy", "pip install 'kvquant[eval]'")
 
 
-def estimate(statistic: Statistic, *samples: Sequence[float], seed: int = 0) -> Estimate:
-    """Return a figure of paired samples with its interval.
+def estimate(statistic: Statistic, *samples: Sequence[float], seed: int = 0, paired: bool = True) -> Estimate:
+    """Return a figure of samples with its interval.
 
     The interval is the bias-corrected and accelerated bootstrap (Efron, "Better bootstrap confidence intervals", 1987)
     of `scipy.stats.bootstrap`, and where that is not defined the percentile bootstrap.
@@ -54,15 +54,17 @@ def estimate(statistic: Statistic, *samples: Sequence[float], seed: int = 0) -> 
         statistic: what is wanted, of arrays ``[..., windows]`` along their last axis.
         samples: a figure for each window, of one or more caches, all of one length.
         seed: of the draws.
+        paired: draw the same windows in all samples. Otherwise each is drawn by itself, and their lengths may differ:
+            samples of unlike things, such as tasks, whose shares in the whole are no accident.
     """
     data = [np.asarray(sample, dtype=np.float64) for sample in samples]
     value = float(statistic(*data, axis=-1))
-    if len(data[0]) < 2:
+    if min(map(len, data)) < 2:
         return Estimate(value)
     if all(np.ptp(sample) == 0 for sample in data):
         return Estimate(value, value, value)
     for method in ("BCa", "percentile"):
-        low, high = _interval(statistic, data, method, seed)
+        low, high = _interval(statistic, data, method, seed, paired=paired)
         if np.isfinite(low) and np.isfinite(high):
             return Estimate(value, low, high)
     return Estimate(value)
@@ -84,7 +86,9 @@ def proportion(successes: int, trials: int) -> Estimate:
     return Estimate(successes / trials, float(found.low), float(found.high))
 
 
-def _interval(statistic: Statistic, data: list[FloatArray], method: str, seed: int) -> tuple[float, float]:
+def _interval(
+    statistic: Statistic, data: list[FloatArray], method: str, seed: int, *, paired: bool
+) -> tuple[float, float]:
     import warnings
 
     from scipy.stats import bootstrap
@@ -94,7 +98,7 @@ def _interval(statistic: Statistic, data: list[FloatArray], method: str, seed: i
         found = bootstrap(
             data,
             statistic,
-            paired=True,
+            paired=paired,
             vectorized=True,
             n_resamples=_RESAMPLES,
             batch=1000,
@@ -108,6 +112,11 @@ def _interval(statistic: Statistic, data: list[FloatArray], method: str, seed: i
 def mean(sample: FloatArray, axis: int = -1) -> Any:
     """Return the mean."""
     return sample.mean(axis=axis)
+
+
+def mean_of_means(*samples: FloatArray, axis: int = -1) -> Any:
+    """Return the mean of the means of samples, each of which counts alike."""
+    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
 
 
 def ratio_of_means(sample: FloatArray, base: FloatArray, axis: int = -1) -> Any:

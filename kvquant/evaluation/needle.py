@@ -33,7 +33,7 @@ from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal, Key
 from kvquant.evaluation.loading import LoadedModel, hash_tokens
 from kvquant.evaluation.perplexity import Progress, score_sums
-from kvquant.evaluation.teacher import forced_logits
+from kvquant.evaluation.teacher import Prefill, forced_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,10 +231,13 @@ def _key(question: Question, label: str) -> Key:
 
 
 class _Asked:
-    """One question, asked through one cache after another. What full precision says to it is worked out once."""
+    """One question, asked through one cache after another. What is the same for all is worked out once."""
 
     def __init__(self, loaded: LoadedModel, question: Question, options: NeedleOptions) -> None:
         self._loaded, self._question, self._options = loaded, question, options
+        self._tokens = question.tokens.to(loaded.device)
+        behind = question.answer + (0 if options.prefill_question else question.asked)
+        self._prefill = Prefill(loaded.model, self._tokens[:, :-behind])
 
     @functools.cached_property
     def _full(self) -> tuple[Tensor, int, float]:
@@ -246,11 +249,8 @@ class _Asked:
 
     def _logits(self, cache: Any) -> Tensor:
         """Return what the model expects at each token of the answer, logits ``[answer, vocabulary]``."""
-        question = self._question
-        prefill = question.context - question.answer - (0 if self._options.prefill_question else question.asked)
-        tokens = question.tokens.to(self._loaded.device)
-        fed = forced_logits(self._loaded.model, cache, tokens, prefill, one_by_one=self._options.one_by_one)
-        return torch.cat(list(fed))[-1 - question.answer : -1]
+        fed = forced_logits(self._loaded.model, cache, self._tokens, self._prefill, one_by_one=self._options.one_by_one)
+        return torch.cat(list(fed))[-1 - self._question.answer : -1]
 
     def score(self, candidate: Candidate) -> dict[str, Any]:
         """Return the part's result, in plain builtins."""
@@ -263,8 +263,8 @@ class _Asked:
         return {**scores, "bits": body_bits(cache), "cache_bits": cache_bits(cache, numbers)}
 
     def _scores(self, logits: Tensor) -> dict[str, Any]:
-        full, targets = self._full[0], self._question.answer_ids.to(logits.device)
-        nll, kl, agreed = score_sums(full, logits, targets).tolist()
+        targets = self._question.answer_ids.to(logits.device)
+        nll, kl, agreed = score_sums(self._full[0], logits, targets).tolist()
         said = logits.argmax(-1)
         right = (said == targets).tolist()
         digits = [_digits(self._loaded.tokenizer.decode([token])) for token in targets.tolist()]

@@ -30,7 +30,7 @@ from kvquant.evaluation.candidates import FULL, Candidate, body_bits, cache_bits
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal, Key
 from kvquant.evaluation.loading import LoadedModel, hash_tokens
-from kvquant.evaluation.teacher import forced_logits, one_pass_logits
+from kvquant.evaluation.teacher import Prefill, forced_logits, one_pass_logits
 
 #: Rows of logits that are scored at once, in float64.
 _ROWS = 32
@@ -264,6 +264,7 @@ class _Window:
         self._loaded, self._options = loaded, options
         self._tokens = windows.tokens[number : number + 1].to(loaded.device)
         self._prefill = windows.prefill
+        self._first_pass = Prefill(loaded.model, self._tokens[:, : windows.prefill])
 
     @functools.cached_property
     def _full(self) -> tuple[Tensor, int, float]:
@@ -276,7 +277,7 @@ class _Window:
     def _logits(self, cache: Any) -> Iterator[Tensor]:
         """Yield logits ``[some, vocabulary]`` after each token behind the prefill."""
         found = forced_logits(
-            self._loaded.model, cache, self._tokens[:, :-1], self._prefill, one_by_one=self._options.one_by_one
+            self._loaded.model, cache, self._tokens[:, :-1], self._first_pass, one_by_one=self._options.one_by_one
         )
         next(found)  # what the prefill alone expects has not been through the cache
         return found

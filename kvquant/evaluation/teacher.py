@@ -8,6 +8,9 @@ are quantised, at the same time and in the same groups.
 
 This differs from one forward pass over states that were quantised and dequantised (`one_pass_logits`): there every
 token sees its own neighbourhood quantised, in groups that reach into its future.
+
+In its first pass attention reads the states themselves, whatever a cache makes of them. So a text that is fed to many
+caches needs one pass for all of them, whose states are then handed to each, see `Prefill`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import (
+    BaseQuantizedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     Fp8QuantizedLayer,
@@ -35,6 +39,62 @@ MOST_AT_ONCE = 128
 
 #: Layers that append what they are given and quantise by what they have seen before, whatever comes with it.
 _APPENDING = (DynamicLayer, DynamicSlidingWindowLayer, Fp8QuantizedLayer)
+
+
+class Prefill:
+    """The beginning of a text, which the model runs through once, and which many caches are filled with.
+
+    Attributes:
+        tokens: int64 ``[1, tokens]``.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        """Say what is to be run; nothing runs yet.
+
+        Args:
+            model: the model.
+            tokens: int64 ``[1, tokens]``, at least one.
+        """
+        self.tokens = tokens
+        self._model = model
+        self._logits: Tensor | None = None
+        self._updates: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @torch.no_grad()
+    def into(self, cache: Cache) -> Tensor:
+        """Fill an empty cache, and return what the model expects next, logits ``[1, vocabulary]``.
+
+        The first pass is kept in mind; later caches get the states of it, and hold to the last bit what a pass of
+        their own would have given them. Caches with layers of which that is not known get one.
+        """
+        if not cache.layers or not all(_hands_back(layer) for layer in cache.layers):
+            return self._run(cache)
+        if self._logits is None:
+            cache.update = functools.partial(self._remember, cache.update)
+            try:
+                self._logits = self._run(cache)
+            finally:
+                del cache.update  # the class's own again
+            return self._logits
+        for states, options in self._updates:
+            cache.update(*states, **options)
+        return self._logits
+
+    def _run(self, cache: Cache) -> Tensor:
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+        out = self._model(input_ids=self.tokens, past_key_values=cache, use_cache=True, **last)
+        logits: Tensor = out.logits[0, -1:]
+        return logits
+
+    def _remember(self, update: Any, *states: Any, **options: Any) -> Any:
+        result = update(*states, **options)
+        self._updates.append((states, options))
+        return result
+
+
+def _hands_back(layer: Any) -> bool:
+    """Whether a layer returns the states of its first update as they are, so that attention is not the cache's."""
+    return isinstance(layer, (QuantizedLayer, BaseQuantizedLayer)) or type(layer) in _APPENDING
 
 
 def alike(cache: Cache, most: int) -> int:
@@ -66,7 +126,7 @@ def _alike(layer: Any, most: int) -> int:
 
 @torch.no_grad()
 def forced_logits(
-    model: PreTrainedModel, cache: Cache, tokens: Tensor, prefill: int, *, one_by_one: bool = False
+    model: PreTrainedModel, cache: Cache, tokens: Tensor, prefill: int | Prefill, *, one_by_one: bool = False
 ) -> Iterator[Tensor]:
     """Feed a text and yield what the model expects after each of its tokens, from the last of the prefill on.
 
@@ -74,16 +134,16 @@ def forced_logits(
         model: the model.
         cache: an empty cache; all of `tokens` is in it at the end.
         tokens: int64 ``[1, tokens]``.
-        prefill: tokens that are fed in one pass at the start, at least 1.
+        prefill: tokens that are fed in one pass at the start, at least 1; or that pass, for many caches.
         one_by_one: feed the others one at a time, as generation does. Otherwise as many at once as makes no
             difference, see `alike`.
 
     Yields:
         Logits ``[some, vocabulary]``, ``1 + tokens - prefill`` rows in all.
     """
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    yield model(input_ids=tokens[:, :prefill], past_key_values=cache, use_cache=True, **last).logits[0, -1:]
-    at, end = prefill, tokens.shape[1]
+    first = Prefill(model, tokens[:, :prefill]) if isinstance(prefill, int) else prefill
+    yield first.into(cache)
+    at, end = first.tokens.shape[1], tokens.shape[1]
     while at < end:
         count = 1 if one_by_one else alike(cache, min(MOST_AT_ONCE, end - at))
         yield model(input_ids=tokens[:, at : at + count], past_key_values=cache, use_cache=True).logits[0]

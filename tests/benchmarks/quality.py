@@ -3,29 +3,44 @@
     python -m tests.benchmarks.quality --folder build/quality --pictures docs/images
 
 Prints one table for each question and model, in Markdown, and draws one picture for each question. Every cache is
-measured as `kvquant eval perplexity` does it; options that a name does not mention are those of `SHARED`, whatever the
-defaults are. An interrupted run goes on where it stopped.
+measured as `kvquant eval perplexity` and `kvquant eval needle` do it; options that a name does not mention are those of
+`SHARED`, whatever the defaults are. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 
 from kvquant.cli.console import machine_line
 from kvquant.demo import HELDOUT_FILE
+from kvquant.engine.config import PRESETS
 from kvquant.evaluation import intervals
 from kvquant.evaluation.candidates import parse_candidates
+from kvquant.evaluation.figures import perplexity as bits_figure
+from kvquant.evaluation.figures import save
+from kvquant.evaluation.haystack import Sentences
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import LoadedModel, load_model
 from kvquant.evaluation.measure import describe_machine
-from kvquant.evaluation.perplexity import PerplexityOptions, PerplexityRow, measure_perplexity, run_settings
+from kvquant.evaluation.needle import NeedleOptions, NeedleRow, measure_needle
+from kvquant.evaluation.needle import plan as questions_of
+from kvquant.evaluation.needle import run_settings as needle_settings
+from kvquant.evaluation.perplexity import (
+    PerplexityOptions,
+    PerplexityReport,
+    PerplexityRow,
+    measure_perplexity,
+    run_settings,
+)
 
 CONTEXT = 1024
 #: KIVI's axes and window.
@@ -37,6 +52,9 @@ SHARED = {
     "sink_length": 0,
 }
 MODELS = {"model": None, "twin": 64}
+DEPTHS = (0, 25, 50, 75, 100)
+#: Keys under other names beside the one that is asked for: without them, caches that are told apart retrieve alike.
+DISTRACTORS = 8
 _COLOURS = {"model": "C0", "twin": "C3"}
 
 
@@ -95,6 +113,14 @@ QUESTIONS = (
         "reference:2",
     ),
     Question(
+        "split",
+        "Bits for keys or for values?",
+        "reference:3,reference:3:nbits_key=4:nbits_value=2,reference:3:nbits_key=2:nbits_value=4,"
+        "reference:2:nbits_key=3:nbits_value=2,reference:2:nbits_key=2:nbits_value=3,"
+        "reference:2:nbits_key=8:nbits_value=2,reference:4:nbits_key=8:nbits_value=4,reference:4",
+        "reference:3",
+    ),
+    Question(
         "choice",
         "What should two bits be?",
         "reference:2,hqq:2,reference:2:sink_length=4,hqq:2:sink_length=4,reference:2:sink_length=4:rotation_key=hadamard,"
@@ -102,6 +128,7 @@ QUESTIONS = (
         "hqq:2:sink_length=4:rotation_key=hadamard:rotation_value=hadamard,kivi-2,kivi-2:sink_length=4",
         "reference:2",
     ),
+    Question("presets", "Which preset?", ",".join(PRESETS), "kivi-2"),
 )
 
 
@@ -110,6 +137,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where finished parts are kept")
     parser.add_argument("--pictures", type=Path, help="where pictures go")
     parser.add_argument("--windows", type=int, default=41, help="of 1024 tokens, each with 512 scored ones")
+    parser.add_argument("--trials", type=int, default=10, help=f"keys asked for at each depth of {DEPTHS}")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
     parser.add_argument("--questions", nargs="+", choices=[question.name for question in QUESTIONS])
     return parser.parse_args()
@@ -128,28 +156,47 @@ def measure(loaded: LoadedModel, which: str, question: Question, chosen: argpars
         return list(measure_perplexity(loaded, text, options, journal).rows)
 
 
+def recall(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[NeedleRow]:
+    options = NeedleOptions(
+        candidates=parse_candidates(question.caches, SHARED),
+        contexts=(CONTEXT,),
+        depths=DEPTHS,
+        trials=chosen.trials,
+        sentences=Sentences(distractors=DISTRACTORS),
+    )
+    text = loaded.encode(HELDOUT_FILE.read_text("utf-8"))
+    path = chosen.folder / f"{question.name}-{which}-recall.jsonl"
+    with Journal(path, needle_settings(loaded, text, options)) as journal:
+        return list(measure_needle(loaded, questions_of(loaded, text, options), options, journal).rows)
+
+
 # ------------------------------------------------------------------------------------------------ showing
 
 
-def told(estimate: Estimate, form: str, factor: float = 1) -> str:
-    value = form.format(factor * estimate.value)
+def told(estimate: Estimate, digits: int, factor: float = 1, sign: str = "") -> str:
+    """Write a figure and its interval with so many digits, those before the point in full."""
+
+    def written(value: float) -> str:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:{sign},.{min(places, 6)}f}"
+
+    value = written(factor * estimate.value)
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value} ({form.format(factor * estimate.low)} to {form.format(factor * estimate.high)})"
+    return f"{value} ({written(factor * estimate.low)} to {written(factor * estimate.high)})"
 
 
-def table(rows: Sequence[PerplexityRow]) -> list[str]:
-    lines = [
-        "| cache | bits per element | perplexity, % more | KL, 1/1000 nat | KL over the first's | agrees, % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
+def table(rows: Sequence[PerplexityRow], recalled: Sequence[NeedleRow], versus: str) -> list[str]:
+    headings = ["bits", "perplexity, % more", "KL, 1/1000 nat", f"KL over `{versus}`", "agrees, %", "recalls, %"]
+    lines = [f"| cache | {' | '.join(headings)} |", f"| --- |{' ---: |' * len(headings)}"]
+    for row, keys in zip(rows, recalled, strict=True):
         if row.cache == "full":
             continue
-        ratio = "1" if row.kl_ratio is None else told(row.kl_ratio, "{:.3g}")
+        ratio = "1" if row.cache == versus or row.kl_ratio is None else told(row.kl_ratio, 2)
         bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
-        cells = [f"`{row.cache}`", bits, told(row.change, "{:+.2f}", 100), told(row.kl, "{:.3g}", 1000), ratio]
-        lines.append(f"| {' | '.join([*cells, told(row.agreement, '{:.1f}', 100)])} |")
+        cells = [f"`{row.cache}`", bits, told(row.change, 2, 100, "+"), told(row.kl, 2, 1000), ratio]
+        cells += [told(row.agreement, 3, 100), told(keys.retrieved, 2, 100)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -189,20 +236,36 @@ def main() -> None:
     found = {
         (question.name, which): measure(loaded[which], which, question, chosen)
         for which in chosen.models
-        for question in track(questions, f"Measuring the {which}")
+        for question in track(questions, f"Measuring the {which}", console=Console(stderr=True))
+    }
+    recalled = {
+        (question.name, which): recall(loaded[which], which, question, chosen)
+        for which in chosen.models
+        for question in track(questions, f"Asking the {which}", console=Console(stderr=True))
     }
     print(machine_line(describe_machine("cpu")))
     scored = chosen.windows * CONTEXT // 2
-    print(f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens, 95 % intervals in brackets.\n")
+    print(
+        f"\n{chosen.windows} windows of {CONTEXT} tokens, {scored} scored tokens; "
+        f"{len(DEPTHS) * chosen.trials} keys among {DISTRACTORS} others in {CONTEXT} tokens; "
+        "95 % intervals in brackets.\n"
+    )
     for question in questions:
         print(f"### {question.title}\n")
         for which in chosen.models:
             name = loaded[which].title
             print(f"{name[0].upper()}{name[1:]}:\n")
-            print("\n".join(table(found[question.name, which])), end="\n\n")
+            rows, keys = found[question.name, which], recalled[question.name, which]
+            full = next(row for row in keys if row.cache == "full")
+            print("\n".join(table(rows, keys, question.versus)))
+            print(f"\nKeys recalled in full precision: {told(full.retrieved, 2, 100)} %.\n")
         if chosen.pictures is not None:
             by_model = {which: found[question.name, which] for which in chosen.models}
             draw(question, by_model, chosen.pictures / f"quality-{question.name}.png")
+    if chosen.pictures is not None:
+        for which in chosen.models:
+            if rows := found.get(("backends", which)):
+                save(bits_figure.draw(PerplexityReport({}, tuple(rows))), chosen.pictures / f"quality-bits-{which}.png")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def draw(report: BenchReport) -> Figure:
     share of a flush, with the range of the rounds.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     memory, latency = figure.subplots(1, 2)
@@ -38,14 +39,18 @@ def draw(report: BenchReport) -> Figure:
     for axes in (memory, latency):
         _context_axis(axes, report.options.contexts)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(visible=True, which="both", alpha=0.25)
-    memory.legend(fontsize="small")
+    handles, labels = memory.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize="small", frameon=False)
     model, machine = report.model, report.machine
     figure.suptitle(
         f"{model['architecture'] or model['name']}, {model['layers']} layers, {model['heads']} query and "
         f"{model['kv_heads']} key/value heads of {model['head_dim']}, {model['dtype']}; {machine['cpu']}, "
-        f"{machine['threads']} threads, on {machine['device']}",
+        f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}, on {machine['device']}",
         fontsize="small",
     )
     return figure

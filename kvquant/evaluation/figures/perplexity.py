@@ -38,9 +38,10 @@ def draw(report: PerplexityReport) -> Figure:
             _line(panel, name, sorted(points, key=lambda row: row.bits_per_element or 0), index)
         panel.set_title(f"{context} tokens", loc="left", fontsize=10)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xlabel("bits per element of what is quantised")
         panel.grid(visible=True, which="major", alpha=0.3)
-    panels[0].set_ylabel("KL divergence to full precision, nats")
+    panels[0].set_ylabel("KL divergence to full precision, 1/1000 nat")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower left", ncols=min(3, max(1, len(labels))), fontsize=8, frameon=False
@@ -49,9 +50,9 @@ def draw(report: PerplexityReport) -> Figure:
 
 
 def _line(panel: Axes, name: str, points: Sequence[PerplexityRow], index: int) -> None:
-    values = [row.kl.value for row in points]
-    lows = [max(0.0, row.kl.value - row.kl.low) if row.kl.low is not None else 0.0 for row in points]
-    highs = [max(0.0, row.kl.high - row.kl.value) if row.kl.high is not None else 0.0 for row in points]
+    values = [1000 * row.kl.value for row in points]
+    lows = [1000 * max(0.0, row.kl.value - row.kl.low) if row.kl.low is not None else 0.0 for row in points]
+    highs = [1000 * max(0.0, row.kl.high - row.kl.value) if row.kl.high is not None else 0.0 for row in points]
     bits: list[Any] = [row.bits_per_element for row in points]
     style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}"}
     panel.errorbar(bits, values, yerr=[lows, highs], label=name, markersize=5, linewidth=1, capsize=2, **style)

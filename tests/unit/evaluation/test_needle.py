@@ -1,10 +1,12 @@
 """The needle test: its questions, what decides that a key is retrieved, and its figures."""
 
 import functools
+import json
 import math
 import re
 from dataclasses import replace
 
+import cattrs
 import pytest
 import torch
 from transformers import DynamicCache
@@ -369,3 +371,11 @@ def test_full_precision_is_compared_with_itself():
     assert full.cache == "full"
     assert isinstance(fresh("full"), DynamicCache)
     assert (full.kl.value, full.agreement.value, full.retrieved.value) == (0, 1, 1)
+
+
+def test_what_json_says_is_read_back_and_drawn():
+    """Nothing that the picture needs is lost on the way."""
+    told = json.loads(json.dumps(report().to_dict()))
+    again = cattrs.structure({"settings": told["settings"], "rows": told["results"]}, NeedleReport)
+    assert again == report()
+    assert len(figure.draw(again).axes) == 4

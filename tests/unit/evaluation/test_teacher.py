@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicLayer
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.pages import CanonicalPage
 from kvquant.evaluation import teacher
 from kvquant.evaluation.candidates import held_states, parse_candidates
 from kvquant.evaluation.loading import load_model
-from kvquant.evaluation.teacher import alike, forced_logits, one_pass_logits
+from kvquant.evaluation.teacher import Prefill, alike, forced_logits, one_pass_logits
 from tests.support import SMALL_MODEL
 
 
@@ -182,6 +183,45 @@ def test_sliding_windows_and_memory_bound():
     at_once, passes = fed(model, quick, ids, 30)
     torch.testing.assert_close(one_by_one, at_once, rtol=1e-11, atol=1e-11)
     assert passes == [teacher.MOST_AT_ONCE, 170 - teacher.MOST_AT_ONCE]
+
+
+@pytest.mark.parametrize(
+    ("written", "sliding_window"),
+    [*((written, None) for written in CACHES[:4]), ("hqq:2", None), ("reference:2", 24), ("full", 24)]
+    + [(f"transformers:{written}", None) for written in ("quanto:4", "hqq:2", "fp8")],
+)
+def test_one_prefill_fills_many_caches(written, sliding_window):
+    """To the last bit as a pass of their own would: expectations, and what is held."""
+    model, ids = small(torch.float32, sliding_window), text(120)
+    full, *others = parse_candidates(written, {"group_size": 16})
+    (candidate,) = others or [full]
+    own, filled = candidate.make(model.config), candidate.make(model.config)
+    expected, _ = fed(model, own, ids, 50)
+    prefill, passes = Prefill(model, ids[:, :50]), []
+    counting = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    prefill.into(full.make(model.config))
+    found, fed_behind = fed(model, filled, ids, prefill)
+    counting.remove()
+    assert torch.equal(found, expected)
+    assert len(passes) == 1 + len(fed_behind)
+    for one, other in zip(own.layers, filled.layers, strict=True):
+        for held, also in zip(held_states(one), held_states(other), strict=True):
+            assert torch.equal(held, also)
+
+
+def test_a_cache_that_may_attend_in_its_own_way_gets_a_prefill_of_its_own():
+    """A layer of a kind that nobody knows is not filled with what another was handed."""
+
+    class Rounding(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            return super().update(key_states.round(), value_states, *args, **kwargs)
+
+    model, ids = small(torch.float32), text(60)
+    prefill = Prefill(model, ids[:, :50])
+    exact = prefill.into(DynamicCache(config=model.config))
+    rounding = Cache(layers=[Rounding() for _ in range(2)])
+    assert not torch.equal(prefill.into(rounding), exact)
+    assert torch.equal(rounding.layers[0].keys, rounding.layers[0].keys.round())
 
 
 def test_layers_that_nobody_knows_get_one_token_at_a_time():
