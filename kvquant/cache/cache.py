@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvquant.attention.dispatch import kernel_for
 from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention
+from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
@@ -29,6 +31,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
     Attributes:
         config: all options, as a `CacheConfig`.
         layers: one layer for each of the model's; those that are not full attention are transformers' own.
+        token_ids: the tokens ``[batch, tokens]`` that a loaded cache was saved with, None where there are none. What
+            comes later is not added to them.
     """
 
     def __init__(self, backend: str = "reference", config: PreTrainedConfig | None = None, **options: Any) -> None:
@@ -80,8 +84,74 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         """
         return cls.from_config(CacheConfig.from_preset(preset, **options), config)
 
+    def save(
+        self, path: str | os.PathLike[str], *, model: PreTrainedModel | None = None, token_ids: object = None
+    ) -> None:
+        """Write the cache to a file that `load` reads; spare room is not written.
+
+        Whatever happens, the file is afterwards what it was, or whole and new.
+
+        Args:
+            path: the file, such as ``"prompt.kvq"``.
+            model: the model that the cache is of; then the file knows it, and no other will get it.
+            token_ids: the tokens that the cache stands for, ``[batch, tokens]`` or a list of one row's.
+
+        Raises:
+            CacheSaveError: the file cannot be written.
+            UnsavableCacheError: a layer, or a tensor of a backend, is of a kind that no file can hold.
+            StatesError: `token_ids` are not as many as the cache has tokens.
+            PendingAssignmentError: keys were assigned and values that fit them were not.
+        """
+        fixed = self.layer_class_to_replicate is None
+        save_cache(path, self.config, self.layers, fixed=fixed, model=model, token_ids=token_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: Any = None,
+        *,
+        model: PreTrainedModel | None = None,
+        config: PreTrainedConfig | None = None,
+        verify: bool = True,
+    ) -> QuantizedCache:
+        """Make the cache that was saved in a file; it goes on as if it had never been saved.
+
+        The file is mapped into memory: on the CPU quantised tokens are read from it when attention wants them, and it
+        is never written to. Do not write into it by other means than `save` while a cache lives from it.
+
+        Args:
+            path: the file.
+            device: where the states go; None takes the model's device, or the CPU where there is no model. Where the
+                config has a device for quantised tokens that this machine has not, they go there too.
+            model: the model that is to go on with it: a cache of another model is refused.
+            config: the model's config, to compare that alone.
+            verify: whether to compare the file's checksums, which reads it once.
+
+        Raises:
+            OSError: the file cannot be read.
+            DamagedFileError, FormatVersionError, OtherModelError, CacheTooLargeError, CacheFileError: no cache can be
+                made of it; the message says why.
+            UnknownBackendError, BackendUnavailableError: its backend is not installed here.
+            UnsupportedError, OptionValueError: it cannot work on this device.
+        """
+
+        def fitting(options: CacheConfig, model_config: PreTrainedConfig) -> list[Any]:
+            return list(cls.from_config(options, model_config).layers)
+
+        loaded = load_cache(path, fitting, device=device, model=model, model_config=config, check=verify)
+        cache = cls.__new__(cls)
+        cache.config, cache.token_ids = loaded.config, loaded.token_ids
+        if loaded.fixed:
+            Cache.__init__(cache, layers=loaded.layers)
+        else:
+            Cache.__init__(cache, layer_class_to_replicate=cache._next_layer)
+            cache.layers.extend(loaded.layers)
+        return cache
+
     def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
         self.config = config
+        self.token_ids: Tensor | None = None
         check_device(config)
         templates = dynamic_layers(model_config)
         if not templates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
 #: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
@@ -20,6 +20,11 @@ def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:
 def is_full_attention(layer: object) -> bool:
     """Whether a layer of the dynamic cache is plain full attention, which is what kvquant quantises."""
     return type(layer) is DynamicLayer
+
+
+def layer_classes() -> dict[str, type]:
+    """Return the layers that transformers' dynamic caches are made of, by the names of their classes."""
+    return {kind.__name__: kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values()}
 
 
 def head_dim(config: PreTrainedConfig | None) -> int | None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("kvquant.cli.eval", "evaluate", "Measure what quantised caches keep: perplexity, needle, LongBench."),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
     "plan": ("kvquant.cli.plan", "plan", "Say what a cache will take, and what fits, from a model's config alone."),
+    "cache": ("kvquant.cli.cache", "cache", "Save the cache of a long prompt, look at it, check it."),
     "report": ("kvquant.cli.report", "report", "Put what was measured on one HTML page."),
 }
 

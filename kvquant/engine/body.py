@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kvquant.engine.encode import Encoded, Encoder, Piece
-from kvquant.engine.pages import CanonicalPage, OpaquePage, Page
+from kvquant.engine.opaque import OpaquePage
+from kvquant.engine.pages import CanonicalPage, Page
+from kvquant.engine.state import Saved, State
 from kvquant.engine.window import WindowPolicy
 
 
@@ -180,6 +182,39 @@ class Body:
         self.device = device
         for page in self.pages:
             page.to(device)
+
+    def state(self) -> State:
+        """Return what the body is, without its spare capacity."""
+        state = State()
+        state.put_all("pages", [page.state() for page in self.pages])
+        return state
+
+    def restore(self, saved: Saved, batch: int) -> None:
+        """Take on a saved state, in an empty body. Pages stay where they were read from, unless they have room left.
+
+        Args:
+            saved: the state.
+            batch: batch rows of the states.
+
+        Raises:
+            MisfitError: it is not one of a body like this.
+        """
+        stored = 0
+        for part in saved.parts("pages"):
+            length = part.integer("length", 1)
+            page: Page
+            if self.encoder.border.is_opaque:
+                first_token = self._policy.sink_length + stored
+                page = OpaquePage(self.encoder, first_token, self.kv_heads, self.head_dim, self.device)
+                page.restore(part, length, batch)
+            else:
+                most = length + max(self._policy.page_tokens, (stored + length) // 8)
+                shape = (batch, self.kv_heads, length, self.head_dim)
+                page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
+                page.to(self.device)
+            self.pages.append(page)
+            stored += page.length
+        self._index()
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield ``(part, tensor, valid bytes)`` of every tensor held."""

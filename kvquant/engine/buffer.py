@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.window import Extent, buffer_capacity
 
 
@@ -93,6 +94,30 @@ class TokenBuffer:
     def to(self, device: torch.device) -> None:
         """Move to `device`."""
         self.data = self.data.to(device)
+
+    def state(self) -> State:
+        """Return the tokens held and how they lie; what is in spare room is left out."""
+        extent = self._extent
+        meta = {"start": extent.start, "stop": extent.stop, "capacity": extent.capacity}
+        return State({"tokens": self.view()} if len(self) else {}, meta)
+
+    def restore(self, saved: Saved) -> None:
+        """Take on a saved state. The tokens are copied to where they lay, so that all goes on as it would have.
+
+        Raises:
+            MisfitError: it is not one of a buffer like this.
+        """
+        capacity = saved.integer("capacity")
+        stop = saved.integer("stop", 0, capacity)
+        extent = Extent(saved.integer("start", 0, stop), stop, capacity)
+        if capacity > max(self._most, len(extent)):
+            raise saved.misfit(f"has room for {capacity} tokens, and never needs more than {self._most}")
+        batch, heads, _, head_dim = self.data.shape
+        data = self.data.new_empty((batch, heads, capacity, head_dim))
+        if len(extent):
+            shape = (batch, heads, len(extent), head_dim)
+            data[:, :, extent.start : extent.stop] = saved.take("tokens", shape, [dtype_name(data.dtype)])
+        self.apply(Plan(data, extent))
 
     def _moved(self, dropped: int, capacity: int) -> Tensor:
         """Return a tensor with room for `capacity` tokens that starts with those held, less the oldest `dropped`."""

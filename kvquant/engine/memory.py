@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Parts of a layer's memory. Spare is what is allocated and not in use yet.
 PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "spare")

@@ -13,11 +13,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder, Piece
-from kvquant.engine.grouping import grouped, grouped_grid, rows_to_states, ungrouped
-from kvquant.engine.packing import unpack
-from kvquant.errors import BackendContractError, QuantizationError
-from kvquant.plugin.quantizer import Opaque
+from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
+from kvquant.engine.packing import packed_bytes, unpack
+from kvquant.engine.state import Saved, Stack, State, dtype_name
 
 #: Bytes that an in-place selection may copy at once.
 _SELECT_BYTES = 1 << 22
@@ -62,6 +61,9 @@ class Page(Protocol):
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield ``(part, tensor, valid bytes)`` of every tensor that the page holds."""
+
+    def state(self) -> State:
+        """Return what the page is, without its spare capacity."""
 
 
 class CanonicalPage:
@@ -179,91 +181,63 @@ class CanonicalPage:
         if self.table is not None:
             yield "tables", self.table, self.table.nbytes
 
+    def state(self) -> State:
+        """Return what the page is, without its spare capacity."""
+        scales = -(-self.length // self._tokens_per_scale)
+        tensors = {
+            "codes": self.codes[:, :, : self.length],
+            "scale": self.scale[:, :, :scales],
+            "offset": None if self.offset is None else self.offset[:, :, :scales],
+            "table": self.table,
+        }
+        given: dict[str, Tensor | Stack] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return State(given, {"length": self.length, "capacity": self.capacity})
 
-class OpaquePage:
-    """A page in a backend's own format: one `Opaque` for each block and batch row."""
+    @classmethod
+    def restored(cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int) -> CanonicalPage:
+        """Return a page in a saved state.
 
-    def __init__(self, encoder: Encoder, first_token: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        """Make an empty page that begins at token `first_token` of the sequence; its list of blocks never fills up."""
-        self._encoder, self._first_token = encoder, first_token
-        self._kv_heads, self._head_dim, self._device = kv_heads, head_dim, device
-        self._blocks: list[tuple[Opaque, ...]] = []
-        self.length = 0
+        Where it has no room left its tensors are those read; else they are copied into tensors that have the room, so
+        that the next tokens are written where they would have been.
 
-    @property
-    def capacity(self) -> int:
-        """Tokens held: a list has no spare capacity."""
-        return len(self._blocks) * self._encoder.block
+        Args:
+            encoder: what quantised its tokens.
+            saved: the state.
+            shape: of its states, ``[batch, kv_heads, tokens, head_dim]``.
+            capacity: tokens that it has room for.
 
-    @property
-    def wide(self) -> bool:
-        """Opaque blocks have no scales that the core would know of."""
-        return False
-
-    def accepts(self, piece: Piece, at: int) -> bool:
-        """Whether `piece` may be written behind token `at`."""
-        return isinstance(piece, EncodedOpaque) and at % self._encoder.block == 0
-
-    def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a block is written whole
-        """Keep a block at token `at`, in place of what a crop or a failure left there; return its tokens."""
-        block = cast("EncodedOpaque", piece)
-        del self._blocks[at // self._encoder.block :]
-        self._blocks.append(tuple(_opaque_to(row, self._device) for row in block.rows))
-        return block.tokens
-
-    def discard(self) -> None:
-        """Forget blocks that were written and never counted."""
-        del self._blocks[-(-self.length // self._encoder.block) :]
-
-    def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
-        block = self._encoder.block
-        first, last = start // block, -(-stop // block)
-        states = torch.cat([self._read_block(index, dtype) for index in range(first, last)], dim=2)
-        return states[:, :, start - first * block : stop - first * block]
-
-    def _read_block(self, index: int, dtype: torch.dtype) -> Tensor:
-        encoder = self._encoder
-        position = self._first_token + index * encoder.block
-        shape = (1, self._kv_heads, encoder.block, self._head_dim)
-        numbers = self._kv_heads * encoder.block * self._head_dim
-        states = []
-        for row in self._blocks[index]:
-            try:
-                values = encoder.read(row, numbers)
-            except BackendContractError:
-                raise
-            except Exception as cause:
-                raise QuantizationError(
-                    encoder.backend, encoder.stream, position, position + encoder.block, cause, encoder.where
-                ) from cause
-            states.append(rows_to_states(values.to(dtype), shape, encoder.scheme.axis, encoder.scheme.group_size))
-        return torch.cat(states)
-
-    def select(self, indices: Tensor) -> None:
-        """Keep batch rows `indices`, in that order; a row kept twice shares its memory."""
-        order = indices.tolist()
-        self._blocks = [tuple(rows[index] for index in order) for rows in self._blocks]
-
-    def trim(self, tokens: int) -> None:
-        """Forget blocks that lie behind the first `tokens` tokens."""
-        del self._blocks[-(-tokens // self._encoder.block) :]
-
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self._device = device
-        self._blocks = [tuple(_opaque_to(row, device) for row in rows) for rows in self._blocks]
-
-    def parts(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield ``(part, tensor, valid bytes)`` of every tensor that the page holds."""
-        for rows in self._blocks:
-            for row in rows:
-                for tensor in row.tensors.values():
-                    yield "codes", tensor, tensor.nbytes
+        Raises:
+            MisfitError: it is not one of a page like this.
+        """
+        page = cls.__new__(cls)
+        page.scheme, page._block, page.head_dim, page.length = encoder.scheme, encoder.block, shape[3], shape[2]
+        per, nbits = page._tokens_per_scale, encoder.scheme.nbits
+        if capacity % page._block and capacity != page.length:
+            raise saved.misfit(f"has room for {capacity} tokens, which are not whole blocks of {page._block}")
+        scales = -(-page.length // per)
+        grid = scale_grid_shape((*shape[:2], scales * per, shape[3]), encoder.scheme.axis, encoder.scheme.group_size)
+        wide = dtype_name(encoder.border.wide_dtype)
+        page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], nbits)), ["uint8"])
+        page.scale = saved.take("scale", grid, ["float16", wide])
+        kind = "affine" if saved.has("offset") else "codebook"
+        if kind not in encoder.formats:
+            raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")
+        page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if kind == "affine" else None
+        page.table = saved.take("table", (2**nbits,), [wide]) if kind == "codebook" else None
+        page.codes = _with_room(page.codes, capacity)
+        page.scale = _with_room(page.scale, -(-capacity // per))
+        page.offset = None if page.offset is None else _with_room(page.offset, -(-capacity // per))
+        return page
 
 
-def _opaque_to(row: Opaque, device: torch.device) -> Opaque:
-    return Opaque({name: tensor.to(device) for name, tensor in row.tensors.items()}, row.meta)
+def _with_room(tensor: Tensor, tokens: int) -> Tensor:
+    """Return a tensor with room for `tokens` along its third dimension, the same one if it has just that."""
+    held = tensor.shape[2]
+    if held == tokens:
+        return tensor
+    roomy = tensor.new_empty((*tensor.shape[:2], tokens, tensor.shape[3]))
+    roomy[:, :, :held] = tensor
+    return roomy
 
 
 def _select(tensor: Tensor, indices: Tensor) -> Tensor:

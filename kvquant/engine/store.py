@@ -17,7 +17,14 @@ from torch import Tensor
 from kvquant.engine.body import Body, Staged
 from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.encode import Encoded, Encoder, Piece
-from kvquant.engine.window import WindowPolicy
+from kvquant.engine.state import Saved, State, dtype_name
+from kvquant.engine.window import WindowPolicy, buffer_capacity
+
+#: Types that states can be saved in.
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+#: The most batch rows, heads or channels that a saved state may speak of.
+_MOST_WIDE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +261,53 @@ class Store:
         self.body.to(device)
         self.recent.to(device)
 
+    # -------------------------------------------------------------------------------------------- written down
+
+    def state(self) -> State:
+        """Return what the store is, without its spare room."""
+        scheme = self.body.encoder.scheme
+        sizes = {"batch": self.batch, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
+        state = State(meta={**sizes, "dtype": dtype_name(self.dtype), **how, "block": self._policy.block})
+        if self.sink is not None and self.sink_tokens:
+            state.tensors["sink"] = self.sink
+        state.put("window", self.recent.state())
+        state.put("body", self.body.state())
+        return state
+
+    def room(self, saved: Saved) -> int:
+        """Return the bytes that a saved state may take beside the file, once it is restored and updated.
+
+        Nothing of it is allocated yet: a file can speak of any number of tokens.
+        """
+        window = saved.part("window")
+        held = window.integer("stop") - window.integer("start")
+        grown = buffer_capacity(max(held, 0) + 1, self._policy.block, self._policy.most_recent)
+        tokens = max(window.integer("capacity"), grown) + self._policy.page_tokens
+        return tokens * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def restore(self, saved: Saved) -> None:
+        """Take on a saved state, in a store that was made for states like those (`empty_states`) and is empty.
+
+        Raises:
+            MisfitError: it is not one of a store like this.
+        """
+        scheme = self.body.encoder.scheme
+        how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
+        for name, here in {**how, "block": self._policy.block}.items():
+            if saved.value(name) != here:
+                raise saved.misfit(f"was quantised with {name}={saved.value(name)!r}, and the config asks for {here!r}")
+        self.body.restore(saved.part("body"), self.batch)
+        if len(self.body):
+            shape = (self.batch, self.kv_heads, self._policy.sink_length, self.head_dim)
+            if self._policy.sink_length:
+                self.sink = saved.take("sink", shape, [dtype_name(self.dtype)]).to(self.device, copy=True)
+            else:
+                self.sink = self.recent.data.new_empty(shape)
+        self.recent.restore(saved.part("window"))
+        if self.leaving(0):
+            raise saved.misfit(f"has {len(self.recent)} tokens in its window, some of which should be quantised")
+
     # -------------------------------------------------------------------------------------------- accounting
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -262,3 +316,15 @@ class Store:
             yield "sink", self.sink, self.sink.nbytes
         yield from self.body.parts()
         yield "window", self.recent.data, self.recent.view().nbytes
+
+
+def empty_states(saved: Saved, device: torch.device) -> Tensor:
+    """Return states like those of a saved store, without tokens: ``[batch, kv_heads, 0, head_dim]``.
+
+    Raises:
+        MisfitError: there are no such states.
+    """
+    batch = saved.integer("batch", 0, _MOST_WIDE)
+    heads, head_dim = (saved.integer(size, 1, _MOST_WIDE) for size in ("kv_heads", "head_dim"))
+    dtype = getattr(torch, saved.text("dtype", _DTYPES))
+    return torch.empty((batch, heads, 0, head_dim), dtype=dtype, device=device)

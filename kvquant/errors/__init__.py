@@ -27,6 +27,13 @@ attributes, so that code need not parse text::
     │   └── BackendNotRegisteredError (ValueError)  unregistered without having been registered
     ├── StatesError (ValueError)            key and value states that do not fit the cache
     │   └── NonFiniteStatesError            NaN or infinity in them
+    ├── CacheFileError (ValueError)         a file that no cache can be made of
+    │   ├── DamagedFileError                it is none, or was cut off or altered
+    │   ├── FormatVersionError              it is of another version of the format
+    │   ├── OtherModelError                 it is the cache of another model
+    │   └── CacheTooLargeError (MemoryError)    it would need more memory than there is
+    ├── CacheSaveError (OSError)            a cache that could not be written
+    ├── UnsavableCacheError (TypeError)     a cache that holds what no file can hold
     ├── CropError (ValueError)              a crop that the cache cannot do
     ├── BackendContractError (TypeError)    a plugin returned something else than it promised
     ├── QuantizationError (RuntimeError)    a plugin raised while quantising or dequantising
@@ -58,6 +65,15 @@ from kvquant.errors.evaluation import (
     MalformedLineError,
     OutOfMemoryError,
     ReportFileError,
+)
+from kvquant.errors.files import (
+    CacheFileError,
+    CacheSaveError,
+    CacheTooLargeError,
+    DamagedFileError,
+    FormatVersionError,
+    OtherModelError,
+    UnsavableCacheError,
 )
 from kvquant.errors.registry import (
     BackendError,
@@ -106,6 +122,13 @@ __all__ = [
     "MalformedLineError",
     "OutOfMemoryError",
     "ReportFileError",
+    "CacheFileError",
+    "CacheSaveError",
+    "CacheTooLargeError",
+    "DamagedFileError",
+    "FormatVersionError",
+    "OtherModelError",
+    "UnsavableCacheError",
     "BackendError",
     "BackendExistsError",
     "BackendFactoryError",

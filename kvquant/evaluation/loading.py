@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from kvquant._version import __version__
 from kvquant.attention.kernels import describe
+from kvquant.cache.fingerprint import weights_hash
 from kvquant.demo import MODEL_DIR
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
@@ -24,8 +25,6 @@ from kvquant.evaluation.twin import outlier_twin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
-#: Numbers of a tensor that go into a model's fingerprint, evenly spaced.
-_SAMPLED = 1 << 16
 #: Distributions whose versions results may depend on.
 _DISTRIBUTIONS = ("torch", "transformers", "hqq", "optimum-quanto", "bitsandbytes")
 
@@ -98,7 +97,7 @@ class LoadedModel:
         }
         attention = self.model.config.get_text_config(decoder=True)._attn_implementation
         return {
-            "weights": _fingerprint(self.model),
+            "weights": weights_hash(self.model),
             "outliers": self.outliers,
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -150,17 +149,6 @@ def load_model(
 def hash_tokens(tokens: Sequence[int]) -> str:
     """Return what identifies a sequence of tokens."""
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:16]
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of all weights: of every number of small tensors, of evenly spaced ones of large tensors."""
-    seen = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sampled = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
-        seen.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        seen.update(sampled.view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

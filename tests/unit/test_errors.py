@@ -22,6 +22,12 @@ EXAMPLES = [
     errors.PluginNameTakenError("hqq", "kvquant", "1.0", "my-hqq"),
     errors.ProjectFolderError("here", "it exists and is not empty"),
     errors.MissingExtraError("psutil", "pip install 'kvquant[eval]'"),
+    errors.DamagedFileError("prompt.kvq", "it was cut off."),
+    errors.FormatVersionError("prompt.kvq", "2", "1"),
+    errors.OtherModelError("prompt.kvq", ["its weights are others"]),
+    errors.CacheTooLargeError("prompt.kvq", 2**40, 2**30),
+    errors.CacheSaveError("prompt.kvq", "No space left on device"),
+    errors.UnsavableCacheError("its x is a set", "layer 2"),
 ]
 
 
@@ -48,6 +54,10 @@ def test_errors_cross_a_process_boundary(error):
         (errors.PluginNameError, ValueError),
         (errors.ProjectFolderError, OSError),
         (errors.MissingExtraError, ImportError),
+        (errors.DamagedFileError, ValueError),
+        (errors.CacheTooLargeError, MemoryError),
+        (errors.CacheSaveError, OSError),
+        (errors.UnsavableCacheError, TypeError),
     ],
 )
 def test_errors_are_natural_builtins(error, builtin):
