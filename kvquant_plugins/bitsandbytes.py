@@ -5,10 +5,10 @@ A number becomes the nearest entry of a table, times the largest absolute value 
 Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861) for the dynamic map, for which the
 library's kernel on CPU misses the nearest entry by up to 3e-5 of the scale.
 
-**Wrong numbers on CPU, and why they cannot come from here.** `dequantize_4bit` of bitsandbytes 0.50 takes a row of n
-numbers to have ``n // block_size`` blocks. Where n is no multiple of the block size it reads the scales of other
-blocks (head_dim 64 with blocks of 128 or 256, say: the first scale for every row). The codes and scales of
-`quantize_4bit` are right at all sizes. This backend takes only those, and hands over whole blocks.
+**Wrong numbers on CPU, and why they cannot come from here.** On some processors `dequantize_4bit` of bitsandbytes 0.50
+takes a row of n numbers to have ``n // block_size`` blocks. Where n is no multiple of the block size it reads the
+scales of other blocks (head_dim 64 with blocks of 128 or 256, say: the first scale for every row). The codes and scales
+of `quantize_4bit` are right at all sizes. This backend takes only those, and hands over whole blocks.
 
 The library's double quantisation (scales in 8 bits) is no option: the core stores every scale in 16 bits, so it would
 save none and add its error.

@@ -36,9 +36,9 @@ def draw(report: LongBenchReport) -> Figure:
     for index, cache in enumerate(caches):
         rows = [row for row in report.rows if row.cache == cache]
         heights = [tasks.index(row.task) + _offset(index, len(caches)) for row in rows]
-        style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}"}
+        style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}"}
         _points(left, heights, [row.score for row in rows], label=cache, **style)
-        _points(right, heights, [row.kl if index else None for row in rows], **style)
+        _points(right, heights, [row.kl if index else None for row in rows], factor=1000, **style)
     _published(left, tasks, report.rows)
     left.set_yticks(range(len(tasks)), [_named(task, report.rows) for task in tasks], fontsize=8)
     left.set_ylim(len(tasks) - 0.5, -0.5)
@@ -46,9 +46,10 @@ def draw(report: LongBenchReport) -> Figure:
     left.set_xlim(max(-2, low - 2), min(102, high + 2))
     left.ticklabel_format(axis="x", useOffset=False)
     left.set_xlabel("score, 0 to 100")
-    right.set_xlabel("KL divergence to full precision, nats")
+    right.set_xlabel("KL divergence to full precision, 1/1000 nat")
     if any(row.kl is not None and row.kl.value > 0 for row in report.rows):
         right.set_xscale("log")
+        right.xaxis.set_major_formatter("{x:g}")
     for panel in (left, right):
         panel.grid(visible=True, axis="x", which="major", alpha=0.3)
         for boundary in range(1, len(tasks)):
@@ -65,7 +66,9 @@ def _offset(index: int, count: int) -> float:
     return _SPREAD * (index - (count - 1) / 2) / max(1, count - 1)
 
 
-def _points(panel: Axes, heights: Sequence[float], figures: Sequence[Estimate | None], **style: Any) -> None:
+def _points(
+    panel: Axes, heights: Sequence[float], figures: Sequence[Estimate | None], factor: float = 1, **style: Any
+) -> None:
     shown = [
         (at, one)
         for at, one in zip(heights, figures, strict=True)
@@ -73,9 +76,9 @@ def _points(panel: Axes, heights: Sequence[float], figures: Sequence[Estimate | 
     ]
     if not shown:
         return
-    values = [one.value for _, one in shown]
-    lows = [0.0 if one.low is None else max(0.0, one.value - one.low) for _, one in shown]
-    highs = [0.0 if one.high is None else max(0.0, one.high - one.value) for _, one in shown]
+    values = [factor * one.value for _, one in shown]
+    lows = [0.0 if one.low is None else factor * max(0.0, one.value - one.low) for _, one in shown]
+    highs = [0.0 if one.high is None else factor * max(0.0, one.high - one.value) for _, one in shown]
     options: dict[str, Any] = {"linestyle": "none", "markersize": 4, "elinewidth": 1, "capsize": 2, **style}
     panel.errorbar(values, [at for at, _ in shown], xerr=[lows, highs], **options)
 

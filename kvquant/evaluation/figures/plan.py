@@ -20,6 +20,7 @@ def draw(report: PlanReport) -> Figure:
     Dashed lines are the memory that there is, the weights alone, and the model's positions.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     settings = report.settings
     fixed, positions = settings["weights"]["nbytes"] + settings["overhead"], settings["model"]["positions"]
@@ -46,8 +47,9 @@ def draw(report: PlanReport) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}")
-    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        place(lambda size, _: f"{size:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     batch = settings["batch"]
     axes.set_xlabel("tokens in the cache" if batch == 1 else f"tokens of each of {batch} sequences in the cache")
     axes.set_ylabel("GiB of weights and cache")

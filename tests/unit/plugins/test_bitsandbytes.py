@@ -55,19 +55,19 @@ def right_states(packed: Tensor, absmax: Tensor, table: Tensor, like: Tensor, bl
 
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_where_the_library_itself_reads_the_scales_of_other_blocks(head_dim: int, block: int) -> None:
-    """Why only its codes and scales are taken. Should this fail, the library has learnt it and the docs can say so.
+def test_codes_and_scales_of_the_library_are_right_at_every_size(head_dim: int, block: int) -> None:
+    """So they are what is taken. What the library itself reads of them is right where a row is whole blocks.
 
-    From blocks of 2048 on, the library reads rightly with AVX512, and wrongly without.
+    Where it is not, that depends on the processor: with some instructions it reads the scales of other blocks.
     """
     from bitsandbytes import functional
 
     states = torch.randn(1, 2, 512, head_dim, generator=torch.Generator().manual_seed(2))
     packed, state = functional.quantize_4bit(states, blocksize=block, quant_type="nf4")
     right = right_states(packed, state.absmax, state.code, states, block)
-    assert (right - states).norm() / states.norm() < 0.15, "codes and scales are right"
-    agrees = torch.allclose(functional.dequantize_4bit(packed, state), right, atol=1e-6)
-    assert agrees == (head_dim % block == 0)
+    assert (right - states).norm() / states.norm() < 0.15
+    if head_dim % block == 0:
+        torch.testing.assert_close(functional.dequantize_4bit(packed, state), right, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
