@@ -106,7 +106,7 @@ def test_the_outlier_twin_and_the_prefilled_question_are_said() -> None:
         ("--backends hqqq:2", "unknown backend 'hqqq'. Did you mean 'hqq'?"),
         ("--text nowhere.txt", "nowhere.txt' does not exist"),
         ("--plot nowhere/needle.png", "nowhere"),
-        ("--seed -1", "seed=-1 cannot work: expected at least 0"),
+        ("--seed -1", "'--seed': -1 is not in the range x>=0"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_line(options: str, message: str) -> None:
