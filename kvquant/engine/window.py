@@ -1,11 +1,16 @@
 """Which tokens stay exact and which are quantised: integers only, no tensors.
 
 | sink | body (whole blocks, quantised) | window |
+
+A layer of sliding-window attention forgets its oldest tokens: those that no query will see again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+#: Blocks of a span that are quantised, at least, for it to be worth it.
+_FEW_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -16,11 +21,13 @@ class WindowPolicy:
         sink_length: first tokens, kept in full precision for ever.
         residual_length: most recent tokens that are kept in full precision at least.
         block: tokens that are quantised at once.
+        span: the most tokens that a later query sees; None for all there are.
     """
 
     sink_length: int
     residual_length: int
     block: int
+    span: int | None = None
 
     def leaving(self, window: int) -> int:
         """Return how many of the oldest tokens of a window of `window` tokens leave it now: whole blocks only.
@@ -47,7 +54,24 @@ class WindowPolicy:
             left: tokens at hand for it.
             stored: tokens that the pages before it hold.
         """
+        if self.span is not None:
+            # What is out of view is given back a page at a time.
+            return max(self.page_tokens, self.span // 8) // self.block * self.block
         return max(left, self.page_tokens, stored // 8) // self.block * self.block
+
+    @property
+    def pays(self) -> bool:
+        """Whether so much of the span is quantised that it is worth it: a few blocks beside sink and window."""
+        exact = self.sink_length + self.residual_length
+        return self.span is None or self.span >= exact + _FEW_BLOCKS * self.block
+
+    def first_kept(self, tokens: int) -> int:
+        """Return the first of `tokens` tokens that an empty store needs to take when they come at once.
+
+        Blocks begin where they would begin if all had been taken, so that the same tokens share a scale.
+        """
+        in_body = tokens - (tokens if self.span is None else self.span) - self.sink_length
+        return self.sink_length + in_body // self.block * self.block if in_body >= self.block else 0
 
 
 @dataclass(frozen=True)
