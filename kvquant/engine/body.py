@@ -242,7 +242,7 @@ class Body:
                 page = self._opaque_page(stored)
                 page.restore(part, length, batch)
             else:
-                most = length + max(self._policy.page_tokens, (stored + length) // 8)
+                most = length + max(self._policy.page_tokens, (stored + length) // 8, (self._policy.span or 0) // 8)
                 shape = (batch, self.kv_heads, length, self.head_dim)
                 page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
                 page.to(self.device)
