@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvquant.attention.dispatch import kernel_for
-from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention, sliding_window
+from kvquant.cache.compat import head_dim, is_full_attention, quantizable_layers, sliding_window
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
@@ -20,7 +20,7 @@ from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
 from kvquant.engine.options import parse_layers
 from kvquant.engine.settings import check_device, layer_settings
-from kvquant.errors import CropError
+from kvquant.errors import CropError, UnsupportedError
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no types for it
@@ -154,7 +154,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         self.config = config
         self.token_ids: Tensor | None = None
         check_device(config)
-        templates = dynamic_layers(model_config)
+        templates = quantizable_layers(model_config)
         if not templates:
             layer_settings(config)  # refuse now what can be told to be impossible for every layer
             for index in {index for key in config.layers for index in parse_layers(key)}:
@@ -172,6 +172,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def _next_layer(self) -> QuantizedLayer | DynamicLayer:
         index = len(self.layers)
+        _check_updated_once(self.layers)
         return DynamicLayer() if self.config.skips(index) else QuantizedLayer(self.config, index)
 
     # -------------------------------------------------------------------------------------------- changes
@@ -266,6 +267,22 @@ def _quantized(template: object, config: CacheConfig, index: int, channels: int 
     layer = QuantizedLayer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
     key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
     return layer if layer.policy(key_scheme, value_scheme).pays else None
+
+
+def _check_updated_once(layers: list[Any]) -> None:
+    """Refuse another layer where the one before has been updated more than once since it was made, just before.
+
+    Raises:
+        UnsupportedError: it has, as decoders do that attend to an encoder and find only one cache.
+    """
+    last = layers[-1] if layers else None
+    if isinstance(last, QuantizedLayer) and last.is_initialized and last.stores[0].version > 1:
+        reasons = [
+            f"{last.where} was updated more than once before the next layer was at all, so its states may be mixed up",
+            "for encoder-decoder models use kvquant.QuantizedEncoderDecoderCache(config=model.config, ...)",
+            "after a forward pass that failed half-way call reset()",
+        ]
+        raise UnsupportedError("this cache", reasons)
 
 
 def _attention(layers: list[Any]) -> str:
