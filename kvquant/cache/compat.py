@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 
 #: What transformers' own quantised layers have in common: a class of its own since there is one for FP8 (5.21).
-OWN_QUANTIZED_LAYER: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+OWN_QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 #: Its layers that append what they are given and quantise by what they have seen before, whatever comes with it.
 APPENDING_LAYERS: tuple[type, ...] = (
