@@ -8,11 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import transformers
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvquant.errors import UnsupportedError
+
+#: What transformers' own quantised layers have in common: a class of its own since there is one for FP8 (5.21).
+OWN_QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+#: Its layers that append what they are given and quantise by what they have seen before, whatever comes with it.
+APPENDING_LAYERS: tuple[type, ...] = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    *([cache_utils.Fp8QuantizedLayer] if hasattr(cache_utils, "Fp8QuantizedLayer") else []),
+)
 
 #: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
