@@ -161,6 +161,20 @@ def test_only_pages_that_changed_are_fetched_again():
     assert (before[0] is body.near[0], before[1] is body.near[1]) == (True, False)
 
 
+@pytest.mark.usefixtures("apart")
+def test_a_crop_into_the_body_leaves_no_copy_behind():
+    """Kernels go through pages, each as long as it says it is."""
+    layer = make(offload=True)
+    layer.update(states(600), states(600))
+    layer.update(states(200), states(200))
+    layer.prefetch()
+    layer.crop(-300)
+    assert copies(layer) == 0
+    layer.prefetch()
+    for store in layer.stores:
+        assert [page.length for page in store.body.near] == [page.length for page in store.body.pages]
+
+
 # ------------------------------------------------------------------------------------------------ nothing else changes
 
 
