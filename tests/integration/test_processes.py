@@ -52,8 +52,6 @@ def test_tensor_parallel(found: list[dict[str, Any]], model: PreTrainedModel) ->
 
 def test_data_parallel(found: list[dict[str, Any]], model: PreTrainedModel) -> None:
     """accelerate's: what is gathered is what one process says to one prompt after the other."""
-    said = [
-        generate(model, prompt[None], QuantizedCache(config=model.config, **OPTIONS))[0] for prompt in PROMPTS
-    ]
+    said = [generate(model, prompt[None], QuantizedCache(config=model.config, **OPTIONS))[0] for prompt in PROMPTS]
     for process in found:
         assert process["data parallel"] == said
