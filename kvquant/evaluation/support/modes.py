@@ -15,7 +15,7 @@ from kvquant.evaluation.support import tiny
 from kvquant.evaluation.support.runs import Caches, Mode
 
 #: Tokens that each mode generates.
-NEW_TOKENS = 16
+NEW_TOKENS = 10
 
 
 def _generate(caches: Caches, model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Tensor:
