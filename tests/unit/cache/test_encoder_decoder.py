@@ -207,6 +207,7 @@ def test_assisted_decoding_takes_tokens_back(bart):
     model, inputs = bart
     torch.manual_seed(3)
     draft = made(BartForConditionalGeneration(BartConfig(**BART)))
+    draft.generation_config.num_assistant_tokens, draft.generation_config.num_assistant_tokens_schedule = 3, "constant"
     one = {name: value[1:] for name, value in inputs.items()}
     # A window that holds what can be rejected.
     plain, assisted = cache_for(model, residual_length=16), cache_for(model, residual_length=16)
