@@ -7,7 +7,7 @@ its generation mixin, by description):
 |---|---|
 | batched, left padding, sampling, beam search, several returned | `test_it_works` |
 | extra left padding changes nothing | `test_extra_left_padding_changes_nothing` |
-| continuing generation, reuse of a prefilled cache | `test_it_works`, `test_copies_of_a_prefilled_cache_are_independent` |
+| continuing generation, reuse of a prefilled cache | `test_it_works`, `test_copies_of_a_prefilled_cache_...` |
 | reorder, repeat, select, reset, crop of a layer | tests/unit/cache |
 | reset and used again by `generate` | `test_a_cache_that_was_reset_generates_as_a_new_one` |
 | quantised with several backends | `test_every_backend_generates` |
