@@ -48,6 +48,16 @@ KINDS = {
     "RecurrentGemma": {"linear": 1, QUANTISED_WINDOW: 1},
 }
 
+#: What they are in older versions of transformers, which leave out shared layers, or know no other kind.
+OLDER_KINDS = {
+    "Gemma 3n": {QUANTISED_WINDOW: 1, QUANTISED: 1},
+    "Gemma 4": {QUANTISED_WINDOW: 1, QUANTISED: 1},
+    "RecurrentGemma": {QUANTISED_WINDOW: 2},
+}
+
+#: Families that have eager attention alone in older versions.
+OLDER_EAGER = ("GPT-J", "CodeGen")
+
 
 def of_transformers(family):
     """The family's class, or the end of the test where this transformers has none."""
@@ -73,9 +83,11 @@ def test_it_works_or_says_why_not(name):
     if told.cross:
         assert told.cross == {QUANTISED: 2}
         assert told.cross_quantised == 64 if name != "Moonshine" else told.cross_quantised > 50
-    assert told.layers == KINDS.get(name, {QUANTISED: 2})
+    expected = KINDS.get(name, {QUANTISED: 2})
+    assert told.layers in (expected, OLDER_KINDS.get(name, expected))
     # What is not read packed has its reason.
-    assert told.steps == "fused" or (told.steps == "dequantised" and family.note)
+    reason = family.note or (told.attention == "eager" and name in OLDER_EAGER)
+    assert told.steps == "fused" or (told.steps == "dequantised" and reason)
 
 
 def transformers_type(family):
