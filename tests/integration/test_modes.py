@@ -14,7 +14,7 @@ its generation mixin, by description):
 | a cache made by generate, of a config and by its name | test_install.py |
 | assisted decoding, crop | test_assisted.py |
 | static shapes, offloading, export | tests of compiling and of offloading |
-| iteration, pickling, saving | tests/unit/cache |
+| iteration, and a dynamic cache made of it | `test_a_dynamic_cache_can_be_made_of_it` |
 """
 
 import copy
@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from kvquant import QuantizedCache
 from kvquant.cli.main import cli
@@ -31,6 +32,7 @@ from kvquant.evaluation.support import tiny
 from kvquant.evaluation.support.modes import MODES
 from kvquant.evaluation.support.runs import Caches, Mode, run_modes
 from kvquant.integrations.modes import INTEGRATION_MODES
+from tests.support import SMALL_MODEL
 
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 ALL = {mode.name: mode for mode in (*MODES, *INTEGRATION_MODES)}
@@ -181,3 +183,22 @@ def test_copies_of_a_prefilled_cache_are_independent():
     ] * 2
     assert prefilled.get_seq_length() == ids.shape[1]
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefilled.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_dynamic_cache_can_be_made_of_it(window):
+    """By iterating over layers, as transformers' own caches allow; then generation goes on in full precision."""
+    config = MistralConfig(**SMALL_MODEL, sliding_window=window)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = QuantizedCache(nbits=8, group_size=16, residual_length=8, config=config)
+    ids = torch.randint(2, 128, (2, 50))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :3], past_key_values=cache)
+    dynamic = DynamicCache(cache)
+    assert dynamic.is_sliding == cache.is_sliding
+    for layer, ours in zip(dynamic.layers, cache.layers, strict=True):
+        held = layer.keys.shape[2]
+        assert torch.equal(layer.keys, ours.keys[:, :, -held:])
+        assert torch.equal(layer.values, ours.values[:, :, -held:])
