@@ -93,7 +93,7 @@ def test_the_examples_of_the_page_run(monkeypatch):
     """With the model that kvquant ships."""
     pytest.importorskip("kvpress")
     model, tokenizer = tiny.shipped()
-    inputs = tokenizer("The first element of the list is returned. " * 20, return_tensors="pt")
+    inputs = tokenizer("The first element of the list is returned. " * 8, return_tensors="pt")
     known = {"model": model, "tokenizer": tokenizer, "inputs": inputs, "torch": torch, "copy": copy}
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     for example in examples:
