@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -175,6 +176,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         _check_updated_once(self.layers)
         new = DynamicLayer() if self.config.skips(index) else QuantizedLayer(self.config, index)
         return together([*self.layers, new])[-1]
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Yield keys, values and sliding window of each layer, dequantised, as a `DynamicCache` does.
+
+        So ``DynamicCache(cache)`` has the same states in full precision. Layers without keys give None.
+        """
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            yield keys, values, None if window is None else torch.tensor(window)
 
     # -------------------------------------------------------------------------------------------- changes
 
