@@ -2,27 +2,31 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from kvquant import QuantizedCache
 
+PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 OPTIONS: dict[str, Any] = {"nbits": 4, "group_size": 16, "residual_length": 16, "sink_length": 2}
-PROMPTS = torch.randint(2, 128, (3, 60), generator=torch.Generator().manual_seed(0))
+#: Three prompts, long enough for the options of the page to quantise something.
+PROMPTS = torch.randint(2, 128, (3, 200), generator=torch.Generator().manual_seed(0))
+INPUTS = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS)}
 
 
-def generate(model: PreTrainedModel, prompts: torch.Tensor, cache: QuantizedCache) -> list[list[int]]:
-    """Return what a model says to prompts ``[batch, tokens]``."""
-    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 20, "do_sample": False}
-    said: list[list[int]] = model.generate(prompts, past_key_values=cache, **options)[:, prompts.shape[1] :].tolist()
-    return said
+def example(section: str, **given: Any) -> dict[str, Any]:
+    """Run the example of a section of the page, and return its names."""
+    text = PAGE.read_text().split(f"## {section}\n")[1]
+    (code, *_) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = dict(given)
+    exec(compile(code, str(PAGE), "exec"), names)  # noqa: S102  # our own page
+    return names
 
 
 def held(cache: QuantizedCache) -> dict[str, int]:
@@ -31,21 +35,26 @@ def held(cache: QuantizedCache) -> dict[str, int]:
     return {"heads": store.kv_heads, "quantised": len(store.body), "bytes": cache.nbytes}
 
 
+def said(model: PreTrainedModel, cache: QuantizedCache) -> list[list[int]]:
+    """Return what a model says to the prompts, with them."""
+    tokens: list[list[int]] = model.generate(**INPUTS, past_key_values=cache, max_new_tokens=20).tolist()
+    return tokens
+
+
 def tensor_parallel(folder: str) -> list[dict[str, Any]]:
-    """Share a model with the other process; caches made with its config, and without."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, distributed_config=DistributedConfig(tp_size=2)
-    )
-    caches = QuantizedCache(config=model.config, **OPTIONS), QuantizedCache(**OPTIONS)
-    return [{"said": generate(model, PROMPTS, cache), **held(cache)} for cache in caches]
+    """Share a model with the other process: as the page shows it, and with a cache that knows no config."""
+    shown = example("Tensor parallel", name=folder, inputs=INPUTS)
+    cache = QuantizedCache(**OPTIONS)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    return [
+        {"said": shown["ids"].tolist(), **held(shown["cache"])},
+        {"said": said(model, cache), **held(cache)},
+    ]
 
 
 def data_parallel(folder: str) -> list[list[int]]:
-    """Share the prompts with the other process, each with a cache of its own, and gather what was said."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with PartialState(cpu=True).split_between_processes(list(range(len(PROMPTS)))) as mine:
-        said = [generate(model, PROMPTS[[number]], QuantizedCache(config=model.config, **OPTIONS)) for number in mine]
-    gathered: list[list[int]] = gather_object([tokens for (tokens,) in said])
+    """Share the prompts with the other process, as the page shows it."""
+    gathered: list[list[int]] = example("Data parallel", name=folder, prompts=list(PROMPTS.split(1)))["said"]
     return gathered
 
 

@@ -6,6 +6,7 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvquant import QuantizedCache
+from tests.integration.processes import INPUTS, example
 from tests.support import SMALL_MODEL
 
 
@@ -35,3 +36,17 @@ def test_weights_that_come_from_the_disk(tmp_path, options):
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert other.device == torch.device("cpu")
         assert torch.equal(one.keys, other.keys)
+
+
+def test_the_page_s_examples(tmp_path, capsys):
+    """docs/devices.md: an offloaded cache, and a model that accelerate places."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_MODEL)).eval()
+    model.save_pretrained(tmp_path)
+    plain = QuantizedCache(nbits=4, config=model.config)
+    expected = model.generate(**INPUTS, past_key_values=plain, max_new_tokens=20)
+    names = example("Host memory", model=model, inputs=INPUTS)
+    assert torch.equal(names["ids"], expected)
+    assert "scales" in capsys.readouterr().out
+    names = example("A model over several GPUs", name=str(tmp_path), inputs=INPUTS, QuantizedCache=QuantizedCache)
+    assert torch.equal(names["ids"], expected)

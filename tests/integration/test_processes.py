@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from kvquant import QuantizedCache
 from tests.integration import processes
 from tests.integration.environment import ROOT
-from tests.integration.processes import OPTIONS, PROMPTS, generate, held
+from tests.integration.processes import OPTIONS, PROMPTS, held, said
 from tests.support import SMALL_MODEL
 
 
@@ -34,24 +34,28 @@ def found(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> l
     model.save_pretrained(folder)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     command = [sys.executable, *launch.split(), str(Path(processes.__file__)), str(folder), str(folder)]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
+    alone = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        command, env={**os.environ, **alone}, capture_output=True, text=True, timeout=240, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_tensor_parallel(found: list[dict[str, Any]], model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("at", [0, 1], ids=["as docs/devices.md shows it", "without the model's config"])
+def test_tensor_parallel(found: list[dict[str, Any]], model: PreTrainedModel, at: int) -> None:
     """transformers' own: both say what one process says, and each holds, and quantises, half of the heads."""
-    cache = QuantizedCache(config=model.config, **OPTIONS)
-    said, whole = generate(model, PROMPTS, cache), held(cache)
+    cache = [QuantizedCache(nbits=4, config=model.config), QuantizedCache(**OPTIONS)][at]
+    tokens, whole = said(model, cache), held(cache)
     assert whole["quantised"] > 0
     half = {"heads": whole["heads"] // 2, "quantised": whole["quantised"], "bytes": whole["bytes"] // 2}
-    for process in found:
-        assert process["tensor parallel"] == [{"said": said, **half}] * 2  # with the model's config, and without
+    assert [process["tensor parallel"][at] for process in found] == [{"said": tokens, **half}] * 2
 
 
 def test_data_parallel(found: list[dict[str, Any]], model: PreTrainedModel) -> None:
-    """accelerate's: what is gathered is what one process says to one prompt after the other."""
-    said = [generate(model, prompt[None], QuantizedCache(config=model.config, **OPTIONS))[0] for prompt in PROMPTS]
-    for process in found:
-        assert process["data parallel"] == said
+    """accelerate's, as docs/devices.md shows it: what is gathered is what one process says to each prompt."""
+    alone = [
+        model.generate(prompt, past_key_values=QuantizedCache(nbits=4, config=model.config), max_new_tokens=20).tolist()
+        for prompt in PROMPTS.split(1)
+    ]
+    assert [process["data parallel"] for process in found] == [alone] * 2
