@@ -27,10 +27,16 @@ def models():
         if one.dim() == 2:
             torch.nn.init.normal_(one, std=0.1)
             other.data.copy_(one + 0.02 * torch.randn_like(one))
+    return model, sure(draft)
+
+
+def sure(draft):
+    """A copy of a model that always proposes 4 tokens."""
+    draft = copy.deepcopy(draft)
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
-    return model, draft
+    return draft
 
 
 class Run:
@@ -68,41 +74,53 @@ def first_difference(one, other):
     return int(apart.nonzero()[0]) if bool(apart.any()) else None
 
 
-@pytest.mark.parametrize("assistant", ["draft model", "prompt lookup"])
-def test_between_two_blocks_it_is_greedy_decoding(models, assistant):
+def assistance(kind, draft):
+    """The options of generate that ask for an assistant."""
+    return {"assistant_model": draft} if kind == "draft model" else {"prompt_lookup_num_tokens": 4}
+
+
+@pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
+def test_over_a_quantised_prompt_it_is_greedy_decoding(models, kind):
     """To rounding, over 64 tokens in 2 bits, with candidates that are accepted and others that are not."""
     model, draft = models
-    assistance = {"assistant_model": draft} if assistant == "draft model" else {"prompt_lookup_num_tokens": 4}
     # No candidate of the prefill is accepted: prompt lookup has none, and the draft model's first guess is wrong.
     caches = [QuantizedCache(**BETWEEN_BLOCKS, config=model.config) for _ in range(2)]
-    plain, assisted = Run(model, caches[0], 45, 90), Run(model, caches[1], 45, 90, **assistance)
+    plain, assisted = Run(model, caches[0], 45, 90), Run(model, caches[1], 45, 90, **assistance(kind, draft))
     assert 0 < assisted.rejected < sum(assisted.candidates)
     assert torch.equal(assisted.tokens, plain.tokens)
     assert first_difference(assisted, plain) is None
     assert plain.quantized == assisted.quantized == 64
 
 
-def test_a_block_may_leave_as_many_tokens_early_as_there_are_candidates(models):
-    """What is verified together sees one cache; one by one, only what comes behind the border sees it quantised."""
-    model, _ = models
+@pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
+def test_blocks_that_leave_while_candidates_are_verified_change_nothing(models, kind):
+    """Each candidate sees what it would see alone, and what only the rejected ones pushed out comes back."""
+    model, draft = models
+    caches = [QuantizedCache(**MANY_BLOCKS, config=model.config) for _ in range(2)]
+    plain, assisted = Run(model, caches[0], 60, 10), Run(model, caches[1], 60, 10, **assistance(kind, draft))
+    assert 0 < assisted.rejected < sum(assisted.candidates)
+    assert torch.equal(assisted.tokens, plain.tokens)
+    assert first_difference(assisted, plain) is None
+    assert plain.quantized == assisted.quantized == 48
+
+
+def test_attention_that_is_not_fused_sees_a_block_quantised_some_tokens_early(models):
+    """It has one tensor for all candidates: as many tokens early as there are candidates, at most."""
+    model = copy.deepcopy(models[0])
+    model.set_attn_implementation("eager")
     caches = [QuantizedCache(**MANY_BLOCKS, config=model.config) for _ in range(2)]
     prompt, border = 10, 32  # the first block leaves when there are 32 tokens
     plain = Run(model, caches[0], 30, prompt)
-    assisted = Run(model, caches[1], 30, prompt, prompt_lookup_num_tokens=4)
-    first = first_difference(assisted, plain)
+    first = first_difference(Run(model, caches[1], 30, prompt, assistant_model=sure(model)), plain)
     assert first is not None
     assert border - 4 <= prompt + first < border
-    assert plain.quantized == assisted.quantized == 16
 
 
 def test_candidates_that_come_with_the_prompt_see_it_exact(models):
     """As the prompt itself does; one by one they are decoded over what is quantised."""
     model, _ = models
-    same = copy.deepcopy(model)
-    same.generation_config.num_assistant_tokens = 4
-    same.generation_config.assistant_confidence_threshold = 0.0
     quantised = [QuantizedCache(**MANY_BLOCKS, config=model.config) for _ in range(2)]
-    assisted = Run(model, quantised[0], 8, 90, assistant_model=same)
+    assisted = Run(model, quantised[0], 8, 90, assistant_model=sure(model))
     plain, exact = Run(model, quantised[1], 8, 90), Run(model, DynamicCache(config=model.config), 8, 90)
     assert assisted.candidates[0] == 4
     torch.testing.assert_close(assisted.logits[1:5], exact.logits[1:5], rtol=1e-4, atol=1e-4)

@@ -103,7 +103,7 @@ def test_the_examples_of_the_page_run(monkeypatch):
 
 def test_the_command_prints_a_table():
     """With a row for what runs."""
-    result = CliRunner().invoke(cli, ["support", "modes", "--backend", "hqq", "--nbits", "2", "--mode", "greedy"])
+    result = CliRunner().invoke(cli, ["support", "modes", "--nbits", "2", "--mode", "greedy"])
     assert result.exit_code == 0
     assert re.search(r"greedy +same +128 of 161 +fused", result.stdout)
 
@@ -143,7 +143,8 @@ def text(cache, ids=None, mask=None, tokens=20):
 @pytest.mark.parametrize(("backend", "nbits"), [("reference", 2), ("hqq", 4), ("quanto", 4), ("bitsandbytes", 8)])
 def test_every_backend_generates(backend, nbits):
     """A batch with the body in use."""
-    pytest.importorskip({"quanto": "optimum"}.get(backend, "hqq" if backend == "reference" else backend))
+    if backend != "reference":
+        pytest.importorskip({"quanto": "optimum.quanto"}.get(backend, backend))
     cache = QuantizedCache(backend=backend, nbits=nbits, residual_length=16, config=tiny.decoder().config)
     assert text(cache).shape == (1, 20)
     assert cache.memory_report().layers[0].quantized_tokens == 128
