@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -156,6 +157,20 @@ class Body:
             if page.capacity - page.length > max(self._policy.page_tokens, tokens // 8):
                 page.trim(page.length)
         self._index()
+
+    def without(self, tokens: int) -> Body:
+        """Return a body that lacks the newest `tokens` tokens, to be read; this one is as it was."""
+        body, left = copy.copy(self), self.held - tokens
+        body.pages = []
+        for page in self.pages:
+            kept = min(page.length, left)
+            if not kept:
+                break
+            body.pages.append(page if kept == page.length else copy.copy(page))
+            body.pages[-1].length = kept
+            left -= kept
+        body._index()
+        return body
 
     def replaced(self, states: Tensor) -> Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
