@@ -14,9 +14,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.attention.states import QuantizedStates
 from kvquant.cache.checks import check_assigned, check_finite, check_pair, check_same
+from kvquant.cache.lookahead import Lookahead
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
+from kvquant.engine.offload import Place
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
@@ -41,6 +43,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         settings: what the layer does.
         record_past: whether an update can be taken back by `crop` without a trace, even if it made tokens leave the
             window; see `activate_past_recording`.
+        lookahead: what fetches offloaded tokens ahead; the layers of a cache share one.
         keys, values: the states as plain tensors ``[batch, kv_heads, tokens, head_dim]``, dequantised, or None before
             the first update. Assigning stores anew; assigning another number of tokens takes effect once both have
             been assigned.
@@ -61,6 +64,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         self.index = index
         self.settings = settings or layer_settings(config, index)
         self.record_past = False
+        self.lookahead = Lookahead()
         self._config = config
         self._stores: dict[str, Store] = {}
         self._assigned: dict[str, Tensor] = {}
@@ -150,8 +154,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         self._check_assigned()
         self._check_states(key_states, value_states)
         first = len(self) == 0
+        self._use()
         with _own_tensors():
             stores = self._stores or self._new_stores(key_states, value_states)
+            if stores["key"].device != key_states.device:
+                stores = self._moved(stores, key_states.device)
             self._append(stores, key_states, value_states)
             self._stores = stores
         if first:
@@ -208,11 +215,22 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 rotation=None if settings.rotation is None else Rotation(settings.rotation),
             )
 
-        body_device = None if self._config.device is None else torch.device(self._config.device)
         return {
-            stream: Store(states, encoder(stream, settings), policy, body_device)
+            stream: Store(states, encoder(stream, settings), policy, self._place())
             for stream, (settings, states) in streams.items()
         }
+
+    def _place(self) -> Place:
+        device = self._config.device
+        # A device without an index is the one that tensors made there have.
+        return Place(None if device is None else torch.empty(0, device=device).device, offload=self._config.offload)
+
+    def _moved(self, stores: dict[str, Store], device: torch.device) -> dict[str, Store]:
+        """Return the stores for states on another device, which models have that are spread over several."""
+        for stream, settings in zip(_STREAMS, (self.settings.key, self.settings.value), strict=True):
+            dtype = str(stores[stream].compute_dtype).removeprefix("torch.")
+            settings.scheme(stores[stream].head_dim, device.type, dtype)
+        return {stream: store.moved(device) for stream, store in stores.items()}
 
     # -------------------------------------------------------------------------------------------- reading whole
 
@@ -331,21 +349,33 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """Forget everything; the next states may have another shape."""
         self._stores, self._assigned = {}, {}
 
+    # -------------------------------------------------------------------------------------------- host memory
+
     def offload(self) -> None:
-        """Move the layer to the CPU; `prefetch` brings it back."""
-        if self._stores:
-            self._home = self._stores["key"].device
-            with _own_tensors():
-                for store in self.stores:
-                    store.to(torch.device("cpu"))
+        """Have the quantised tokens lie in host memory from now on, as with ``offload=True``; sink and window stay.
+
+        Where the config names a device for them they stay there.
+        """
+        with _own_tensors():
+            for store in self._stores.values():
+                if not store.place.offload:
+                    store.offload()
+        self.let_go()
 
     def prefetch(self) -> None:
-        """Bring an offloaded layer back."""
-        home = getattr(self, "_home", None)
-        if self._stores and home is not None and home != self.device:
-            with _own_tensors():
-                for store in self.stores:
-                    store.to(home)
+        """Begin to bring offloaded tokens to the device, packed; until then, they are read where they lie."""
+        for store in self._stores.values():
+            store.body.fetch()
+
+    def let_go(self) -> None:
+        """Let go of what `prefetch` brought."""
+        for store in self._stores.values():
+            store.body.let_go()
+
+    def _use(self) -> None:
+        """Say that the layer is about to be read."""
+        if self._config.offload or (self._stores and self._stores["key"].body.is_offloaded):
+            self.lookahead.turn(self)
 
     # -------------------------------------------------------------------------------------------- sizes
 

@@ -22,6 +22,7 @@ from kvquant.engine.body import Body, Staged
 from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.departed import Departed
 from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.offload import Place
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.window import WindowPolicy, buffer_capacity
 
@@ -47,6 +48,7 @@ class Store:
 
     Attributes:
         policy: what decides which tokens are quantised.
+        place: where the body is to be.
         body: the quantised tokens.
         sink: ``[batch, kv_heads, sink_length, head_dim]``, or None while nothing is quantised; empty once all of it
             is out of view.
@@ -55,7 +57,7 @@ class Store:
         version: rises with every change, so that what was handed out can tell that it is out of date.
     """
 
-    def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, body_device: torch.device | None) -> None:
+    def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, place: Place) -> None:
         """Make an empty store for states like `like` ``[batch, kv_heads, any, head_dim]``."""
         self.policy = policy
         self.dtype, self.device = like.dtype, like.device
@@ -64,7 +66,8 @@ class Store:
         self.sink: Tensor | None = None
         self._sink_hidden = 0
         self.departed: Departed | None = None
-        self.body = Body(encoder, policy, like, body_device or like.device)
+        self.place = place
+        self.body = Body(encoder, policy, like, place.device or like.device, offload=place.offload)
         self.recent = TokenBuffer(like, policy.block, policy.most_recent)
 
     # -------------------------------------------------------------------------------------------- shape
@@ -363,7 +366,7 @@ class Store:
             states: ``[batch, kv_heads, len(self), head_dim]``.
         """
         body = self.body
-        store = Store(states, body.encoder, self.policy, body.device)
+        store = Store(states, body.encoder, self.policy, self.place)
         if self.sink is not None:
             hidden = self.sink[:, :, : self._sink_hidden]
             store.sink = torch.cat([hidden, states[:, :, : self.sink_tokens]], dim=2)
@@ -373,14 +376,19 @@ class Store:
         store.recent.append(states[:, :, end:])
         return store
 
-    def to(self, device: torch.device) -> None:
-        """Move everything to `device`."""
-        self.version += 1
-        self.device = device
-        self.sink = None if self.sink is None else self.sink.to(device)
-        self.departed = None  # it is of the last update alone
-        self.body.to(device)
-        self.recent.to(device)
+    def moved(self, device: torch.device) -> Store:
+        """Return the same store for states on `device`; the body stays where it was told to be."""
+        store, place = copy.copy(self), self.place
+        store.device, store.departed = device, None  # what departed is of the last update alone
+        store.sink = None if self.sink is None else self.sink.to(device)
+        store.body = self.body.moved(place.device or device, offload=place.offload)
+        store.recent = self.recent.moved(device)
+        return store
+
+    def offload(self) -> None:
+        """Have the body lie in host memory from now on, unless it was told to be elsewhere."""
+        self.place = Place(self.place.device, offload=self.place.device is None)
+        self.body = self.body.moved(self.body.device, offload=self.place.offload)
 
     # -------------------------------------------------------------------------------------------- written down
 
