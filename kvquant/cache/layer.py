@@ -41,6 +41,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
 
     Attributes:
         settings: what the layer does.
+        record_past: whether an update can be taken back by `crop` without a trace, even if it made tokens leave the
+            window; see `activate_past_recording`.
         lookahead: what fetches offloaded tokens ahead; the layers of a cache share one.
         keys, values: the states as plain tensors ``[batch, kv_heads, tokens, head_dim]``, dequantised, or None before
             the first update. Assigning stores anew; assigning another number of tokens takes effect once both have
@@ -61,6 +63,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """
         self.index = index
         self.settings = settings or layer_settings(config, index)
+        self.record_past = False
         self.lookahead = Lookahead()
         self._config = config
         self._stores: dict[str, Store] = {}
@@ -181,8 +184,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         keys, values = stores["key"], stores["value"]
         leaving = keys.leaving(key_states.shape[2])
         try:
-            staged_keys = keys.stage(key_states, leaving)
-            staged_values = values.stage(value_states, leaving)
+            staged_keys = keys.stage(key_states, leaving, record=self.record_past)
+            staged_values = values.stage(value_states, leaving, record=self.record_past)
         except BaseException:
             keys.discard()
             values.discard()
@@ -283,6 +286,15 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             raise PendingAssignmentError(stream, states.shape[2], len(self))
 
     # -------------------------------------------------------------------------------------------- other changes
+
+    def activate_past_recording(self) -> None:
+        """Prepare for updates that will be taken back in part, as assisted decoding does.
+
+        From now on what the last tokens of an update made leave the window, as many tokens as `residual_length` says,
+        is remembered in full precision until the next. So a crop after it leaves what never saw the tokens, and in
+        fused attention each token of an update sees what it would see if they came one by one.
+        """
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; what remains is what was stored, and nothing is quantised again.

@@ -175,6 +175,21 @@ class Body:
                 page.trim(page.length)
         self._index()
 
+    def without(self, tokens: int) -> Body:
+        """Return a body that lacks the newest `tokens` tokens, to be read; this one is as it was."""
+        self.fetch()
+        body, left = copy.copy(self), self.held - tokens
+        body.pages, body.home = [], Home(self.device)
+        for page in self.near:
+            kept = min(page.length, left)
+            if not kept:
+                break
+            body.pages.append(page if kept == page.length else copy.copy(page))
+            body.pages[-1].length = kept
+            left -= kept
+        body._index()
+        return body
+
     def replaced(self, states: Tensor) -> Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
         body = self._empty(states)
