@@ -153,7 +153,7 @@ def _dtype(config: PreTrainedConfig) -> str:
 
 def _make(name: str, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder, and kvquant's caches are for models that are decoders alone"
+        reason = "it is an encoder-decoder, of which only a run tells how many states it caches; plans are for decoders"
         raise UnsupportedError(f"the model {name!r}", [reason], "plan")
     known = [auto for auto in _CLASSES if type(config) in auto._model_mapping]
     if not known:
