@@ -18,7 +18,9 @@ from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
+from kvquant.engine.window import WindowPolicy
 from kvquant.errors import CropError, NonFiniteStatesError, PendingAssignmentError, StatesError
+from kvquant.plugin.spec import Scheme
 from kvquant.transforms.rotations import Rotation
 
 _STREAMS = ("key", "value")
@@ -114,6 +116,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             f"values {value.nbits} bits per {value.axis}, {quantized} of {len(self)} tokens quantised)"
         )
 
+    def policy(self, key_scheme: Scheme, value_scheme: Scheme) -> WindowPolicy:
+        """Return what decides which tokens are quantised, for these schemes."""
+        return self.settings.policy(key_scheme, value_scheme)
+
     # -------------------------------------------------------------------------------------------- updating
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -175,7 +181,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             stream: settings.scheme(states.shape[3], states.device.type, str(dtypes[stream]).removeprefix("torch."))
             for stream, (settings, states) in streams.items()
         }
-        policy = self.settings.policy(schemes["key"], schemes["value"])
+        policy = self.policy(schemes["key"], schemes["value"])
 
         def encoder(stream: str, settings: StreamSettings) -> Encoder:
             return Encoder(

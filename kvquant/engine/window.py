@@ -21,6 +21,7 @@ class WindowPolicy:
     sink_length: int
     residual_length: int
     block: int
+    most: int | None = None
 
     def leaving(self, window: int) -> int:
         """Return how many of the oldest tokens of a window of `window` tokens leave it now: whole blocks only.
