@@ -16,12 +16,14 @@ from kvquant._version import __version__
 
 if TYPE_CHECKING:
     from kvquant.cache.cache import QuantizedCache
+    from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
     from kvquant.engine.config import CacheConfig
     from kvquant.errors import KVQuantError
     from kvquant.registry import Backend, get_backend, list_backends, register, unregister
 
 __all__ = [
     "QuantizedCache",
+    "QuantizedEncoderDecoderCache",
     "CacheConfig",
     "list_backends",
     "get_backend",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "QuantizedCache": "kvquant.cache.cache",
+    "QuantizedEncoderDecoderCache": "kvquant.cache.encoder_decoder",
     "CacheConfig": "kvquant.engine.config",
     "list_backends": "kvquant.registry",
     "get_backend": "kvquant.registry",

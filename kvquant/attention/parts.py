@@ -93,7 +93,7 @@ def query_tokens(rows: int, mask: Tensor | None, last: Tensor | None) -> int:
 def segments(keys: Body, values: Body) -> Iterator[Segment]:
     """Yield the segments of two bodies of the same length and of canonical formats, in order of tokens."""
     key_pages, value_pages = list(_located(keys)), list(_located(values))
-    at = start = 0
+    at = start = 0  # tokens that are out of view lie before it
     for first, page in key_pages:
         while start < first + page.length:
             while value_pages[at][0] + value_pages[at][1].length <= start:
@@ -105,7 +105,7 @@ def segments(keys: Body, values: Body) -> Iterator[Segment]:
 
 
 def _located(body: Body) -> Iterator[tuple[int, CanonicalPage]]:
-    first = 0
+    first = -body.hidden
     for page in body.pages:
         if not isinstance(page, CanonicalPage):
             raise TypeError("only pages of a canonical format can be read without their backend")

@@ -12,9 +12,10 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvquant.attention.dispatch import kernel_for
-from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention
+from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention, sliding_window
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.sliding import QuantizedSlidingLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
 from kvquant.engine.options import parse_layers
@@ -165,13 +166,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         channels = head_dim(model_config)
         layers: list[Any] = []
         for index, template in enumerate(templates):
-            if is_full_attention(template) and not config.skips(index, len(templates)):
-                layer = QuantizedLayer(config, index)
-                for settings in (layer.settings.key, layer.settings.value):
-                    settings.scheme(channels)
-                layers.append(layer)
-            else:
-                layers.append(template)
+            skipped = config.skips(index, len(templates))
+            layers.append(template if skipped else _quantized(template, config, index, channels) or template)
         super().__init__(layers=layers)
 
     def _next_layer(self) -> QuantizedLayer | DynamicLayer:
@@ -254,6 +250,22 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             f"QuantizedCache({options}; {len(self.layers)} layers, {tokens} tokens, {quantized} quantised{bits}, "
             f"{format_bytes(report.nbytes)})"
         )
+
+
+def _quantized(template: object, config: CacheConfig, index: int, channels: int | None) -> QuantizedLayer | None:
+    """Return the layer that takes the place of one of the dynamic cache's, or None where it stays as it is.
+
+    Full attention is quantised, sliding windows where it pays; all else keeps transformers' own layer.
+
+    Raises:
+        UnsupportedError: the backend cannot do what is asked for states of `channels` channels.
+    """
+    window = sliding_window(template)
+    if window is None and not is_full_attention(template):
+        return None
+    layer = QuantizedLayer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
+    key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
+    return layer if layer.policy(key_scheme, value_scheme).pays else None
 
 
 def _attention(layers: list[Any]) -> str:

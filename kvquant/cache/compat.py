@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 
 #: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
@@ -22,9 +24,27 @@ def is_full_attention(layer: object) -> bool:
     return type(layer) is DynamicLayer
 
 
+def sliding_window(layer: object) -> int | None:
+    """Return the tokens that a query sees in a sliding-window or chunked layer of the dynamic cache, None in others.
+
+    Layers that keep other states beside, as some hybrid ones do, are others.
+    """
+    is_sliding = type(layer) is DynamicSlidingWindowLayer
+    return int(layer.sliding_window) if is_sliding else None  # type: ignore[attr-defined]  # no types
+
+
 def layer_classes() -> dict[str, type]:
     """Return the layers that transformers' dynamic caches are made of, by the names of their classes."""
     return {kind.__name__: kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values()}
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return what the decoder of an encoder-decoder model would say of itself if it stood alone."""
+    decoder = copy.copy(config.get_text_config(decoder=True))
+    if getattr(decoder, "num_decoder_layers", None) is not None:
+        decoder.num_hidden_layers = decoder.num_decoder_layers  # T5 and its kin, whose other number is the encoder's
+    decoder.is_encoder_decoder = False
+    return decoder
 
 
 def head_dim(config: PreTrainedConfig | None) -> int | None:

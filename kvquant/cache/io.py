@@ -6,7 +6,8 @@ The description (see `kvquant.cache.header` for the file around it):
 - ``versions``: of kvquant, torch, transformers, and of the distributions whose backends quantised something;
 - ``model``: a `ModelIdentity`, or null;
 - ``fixed``: whether the layers were made to fit a model's config, or came as they were used;
-- ``layers``: for each layer its kind and its state.
+- ``layers``: for each layer its kind and its state;
+- ``cross``: the same for the cross-attention layers of an encoder-decoder model; others have no such entry.
 
 Tensors are named by their place in it, such as ``layers.3.key.body.pages.0.codes``; beside them there are
 ``token_ids``. What is read is checked before anything is allocated for it, and nothing in a file names code, except
@@ -62,10 +63,13 @@ def save_cache(
     fixed: bool,
     model: PreTrainedModel | None,
     token_ids: object,
+    cross: Sequence[Any] | None = None,
 ) -> None:
-    """Write a cache to a file; see `QuantizedCache.save`."""
+    """Write a cache to a file; see `QuantizedCache.save`, and `QuantizedEncoderDecoderCache.save` for `cross`."""
     state = State()
     state.put_all("layers", [layer_state(layer, f"layer {index}") for index, layer in enumerate(layers)])
+    if cross is not None:
+        state.put_all("cross", [layer_state(layer, f"cross-attention layer {at}") for at, layer in enumerate(cross)])
     if token_ids is not None:
         state.tensors["token_ids"] = _token_ids(token_ids, layers)
     description = {
@@ -127,24 +131,44 @@ class Loaded:
     Attributes:
         config: the options.
         layers: the layers, in order.
+        cross: the cross-attention layers of an encoder-decoder model, None in other files.
         fixed: whether they were made to fit a model's config.
         token_ids: int64 ``[batch, tokens]``, None where there are none.
     """
 
     config: CacheConfig
     layers: list[Any]
+    cross: list[Any] | None
     fixed: bool
     token_ids: Tensor | None
 
 
+#: Gives the layers of an empty cache for a config and a model's config.
+Fitting = Callable[[CacheConfig, PreTrainedConfig], Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """How the cross-attention layers of an encoder-decoder model are made.
+
+    Attributes:
+        make: gives an empty layer of a number.
+        fitting: gives all of them for a model.
+    """
+
+    make: Callable[[CacheConfig, int], QuantizedLayer]
+    fitting: Fitting
+
+
 def load_cache(
     path: str | os.PathLike[str],
-    fitting: Callable[[CacheConfig, PreTrainedConfig], Sequence[Any]],
+    fitting: Fitting,
     *,
     device: Any,
     model: PreTrainedModel | None,
     model_config: PreTrainedConfig | None,
     check: bool,
+    cross: Cross | None = None,
 ) -> Loaded:
     """Read a cache from a file; see `QuantizedCache.load`.
 
@@ -155,6 +179,7 @@ def load_cache(
         model: the model that the cache must be of.
         model_config: its config, if there is no model at hand.
         check: whether to compare checksums.
+        cross: for a file of an encoder-decoder model, which is refused without it, as are others with it.
     """
     target = _device(device, model)
     header = read_header(path)
@@ -165,11 +190,17 @@ def load_cache(
     try:
         with torch.inference_mode(False), torch.no_grad():  # noqa: FBT003  # torch knows it by position only
             saved = Saved(dict(header.description), sources)
+            _check_kind(header, saved, wanted=cross is not None)
             _check_model(header, model, model_config)
             config = _config(saved, given=device is not None)
             expected = model.config if model is not None else model_config
             templates = None if expected is None else fitting(config, expected)
-            layers = _layers(header, saved, config, target, templates, expected)
+            layers = _layers(header, saved.parts("layers", MOST_LAYERS), config, target, templates, expected)
+            across = None
+            if cross is not None:
+                own = None if expected is None else cross.fitting(config, expected)
+                parts = saved.parts("cross", MOST_LAYERS)
+                across = _layers(header, parts, config, target, own, expected, cross.make)
             token_ids = _ids(saved, layers)
             if sources:
                 raise saved.misfit(f"has a tensor that nothing asks for: {next(iter(sources))[:80]!r}")
@@ -177,7 +208,7 @@ def load_cache(
         raise CacheFileError(header.path, f"{cause}.") from cause
     except ConfigError as cause:
         raise CacheFileError(header.path, f"its options cannot work here: {cause}") from cause
-    return Loaded(config, layers, templates is not None or saved.value("fixed") is True, token_ids)
+    return Loaded(config, layers, across, templates is not None or saved.value("fixed") is True, token_ids)
 
 
 def _device(device: Any, model: PreTrainedModel | None) -> torch.device:
@@ -185,6 +216,17 @@ def _device(device: Any, model: PreTrainedModel | None) -> torch.device:
         return torch.device("cpu" if model is None else model.device)
     check_device(CacheConfig(device=device_name(device)))
     return torch.device(device)
+
+
+def _check_kind(header: Header, saved: Saved, *, wanted: bool) -> None:
+    """Refuse a file of an encoder-decoder model where none is wanted, and others where one is.
+
+    Raises:
+        CacheFileError: it is of the other kind.
+    """
+    if ("cross" in saved) != wanted:
+        is_of, right = ("no", "QuantizedCache") if wanted else ("an", "QuantizedEncoderDecoderCache")
+        raise CacheFileError(header.path, f"it is the cache of {is_of} encoder-decoder model: use {right}.load.")
 
 
 def _check_model(header: Header, model: PreTrainedModel | None, config: PreTrainedConfig | None) -> None:
@@ -246,20 +288,20 @@ def _config(saved: Saved, *, given: bool) -> CacheConfig:
 
 def _layers(
     header: Header,
-    saved: Saved,
+    parts: Sequence[Saved],
     config: CacheConfig,
     device: torch.device,
     templates: Sequence[Any] | None,
     model_config: PreTrainedConfig | None,
+    make: Callable[[CacheConfig, int], QuantizedLayer] = QuantizedLayer,
 ) -> list[Any]:
-    parts = saved.parts("layers", MOST_LAYERS)
     if templates is not None:
         _check_layers(header, parts, templates, head_dim(model_config))
     quantized: list[tuple[QuantizedLayer, Saved]] = []
     layers: list[Any] = []
     for index, part in enumerate(parts):
         if part.value("kind") == QUANTIZED:
-            quantized.append((QuantizedLayer(config, index), part))
+            quantized.append((make(config, index), part))
             layers.append(quantized[-1][0])
         else:
             layers.append(restored_layer(part, device, None if templates is None else templates[index]))
@@ -267,7 +309,7 @@ def _layers(
     available = _memory(device)
     if needed > available:
         raise CacheTooLargeError(header.path, needed, available)
-    _check_versions(header, saved, [layer for layer, _ in quantized])
+    _check_versions(header, [layer for layer, _ in quantized])
     for layer, part in quantized:
         restore(layer, part)
     return layers
@@ -297,13 +339,13 @@ def _check_layers(header: Header, parts: Sequence[Saved], templates: Sequence[An
         raise OtherModelError(header.path, differences[:3])
 
 
-def _check_versions(header: Header, saved: Saved, layers: Sequence[QuantizedLayer]) -> None:
+def _check_versions(header: Header, layers: Sequence[QuantizedLayer]) -> None:
     """Refuse what only the backend can read, if it is another version of it: it may read other numbers.
 
     Raises:
         CacheFileError: it is.
     """
-    written = saved.part("versions").mapping("backends")
+    written = Saved(dict(header.description), {}).part("versions").mapping("backends")
     for layer in layers:
         backend = layer.settings.key.backend
         if not layer.is_initialized or "opaque" not in backend.capabilities.formats:

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.attention.states import QuantizedStates
+from kvquant.cache.checks import check_assigned, check_finite, check_pair, check_same
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
-from kvquant.errors import CropError, NonFiniteStatesError, PendingAssignmentError, StatesError
+from kvquant.errors import CropError, PendingAssignmentError
 from kvquant.plugin.spec import Scheme
 from kvquant.transforms.rotations import Rotation
 
@@ -161,6 +162,14 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             return exact_keys, exact_values
         return QuantizedStates(keys, "key"), QuantizedStates(values, "value")
 
+    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
+        check_pair(key_states, value_states, self.where)
+        for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
+            if self._stores:
+                check_same(stream, states, self._stores[stream], self.where)
+            if self._config.check_finite:
+                check_finite(stream, states, len(self), self.where)
+
     def _append(self, stores: dict[str, Store], key_states: Tensor, value_states: Tensor) -> None:
         keys, values = stores["key"], stores["value"]
         leaving = keys.leaving(key_states.shape[2])
@@ -202,55 +211,6 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             for stream, (settings, states) in streams.items()
         }
 
-    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
-        for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
-            if states.dim() != 4:
-                raise StatesError(
-                    f"{stream} states need 4 dimensions [batch, kv_heads, tokens, head_dim], got {list(states.shape)}",
-                    self.where,
-                )
-            if not states.is_floating_point():
-                raise StatesError(f"{stream} states need a floating type, got {states.dtype}", self.where)
-        shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
-        if key_states.shape[:3] != value_states.shape[:3]:
-            raise StatesError(f"key and value states must agree in batch, heads and tokens, got {shapes}", self.where)
-        # Their dtypes may differ: under autocast keys come in float32 and values in bfloat16.
-        if key_states.device != value_states.device:
-            raise StatesError(
-                f"key and value states must be on one device, got {key_states.device} and {value_states.device}",
-                self.where,
-            )
-        for stream, states in zip(_STREAMS, (key_states, value_states), strict=True):
-            if self._stores:
-                self._check_same(stream, states, self._stores[stream])
-            if self._config.check_finite:
-                self._check_finite(stream, states)
-
-    def _check_same(self, stream: str, states: Tensor, store: Store) -> None:
-        for what, got, held in (
-            ("batch size", states.shape[0], store.batch),
-            ("number of heads", states.shape[1], store.kv_heads),
-            ("head_dim", states.shape[3], store.head_dim),
-            ("dtype", states.dtype, store.dtype),
-            ("device", states.device, store.device),
-        ):
-            if got != held:
-                raise StatesError(
-                    f"the {what} of the {stream} states changed from {held} to {got}; the cache holds {len(store)} "
-                    "tokens, reset() empties it",
-                    self.where,
-                )
-
-    def _check_finite(self, stream: str, states: Tensor) -> None:
-        if not states.numel():
-            return
-        # One pass without a temporary, in the order of memory; NaN makes both bounds NaN.
-        by_stride = sorted(range(4), key=states.stride, reverse=True)
-        low, high = torch.aminmax(states.detach().permute(by_stride))
-        if not bool(low.isfinite() & high.isfinite()):
-            bad = (~states.isfinite()).any(dim=3).any(dim=1).any(dim=0).nonzero().flatten().tolist()
-            raise NonFiniteStatesError(stream, len(self) + bad[0], len(self) + bad[-1] + 1, self.where)
-
     # -------------------------------------------------------------------------------------------- reading whole
 
     @property
@@ -277,16 +237,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         return self._stores[stream].read() if self._stores else None
 
     def _assign(self, stream: str, states: Tensor) -> None:
-        if not isinstance(states, Tensor) or states.dim() != 4:
-            shown = list(states.shape) if isinstance(states, Tensor) else repr(states)
-            raise StatesError(
-                f"only a tensor [batch, kv_heads, tokens, head_dim] can be assigned as {stream} states, got {shown}",
-                self.where,
-            )
-        if not states.is_floating_point():
-            raise StatesError(f"{stream} states need a floating type, got {states.dtype}", self.where)
+        check_assigned(stream, states, self.where)
         if self._config.check_finite:
-            self._check_finite(stream, states)
+            check_finite(stream, states, 0, self.where)
         partner = _STREAMS[1 - _STREAMS.index(stream)]
         held = self._stores.get(stream)
         with _own_tensors():
@@ -401,7 +354,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         stores = self.stores if self._stores else ()
         parts = [part for store in stores for part in store.parts()]
         parts += [("full precision", states, states.nbytes) for states in self._assigned.values()]
-        quantized = len(stores[0].body) if stores else 0
+        quantized = stores[0].body.held if stores else 0
         elements = sum(quantized * store.batch * store.kv_heads * store.head_dim for store in stores)
         return layer_memory(self.index, len(self), (quantized, elements), parts)
 

@@ -38,6 +38,9 @@ class Body:
         device: where it lives.
         kv_heads, head_dim: of the states.
         pages: the tokens, in order.
+        hidden: how many of the oldest are out of view. They are not counted, read or attended to, and lie in memory
+            until all of their page are: a group can only be let go whole.
+        first_token: position in the sequence of the first token held.
 
     Spare capacity is at most one page or an eighth of what is stored: a new page takes what is at hand, and at least
     an eighth of the length so far. So the number of pages grows with the logarithm of the length, nothing is ever
@@ -55,6 +58,8 @@ class Body:
         """
         self.encoder, self.device = encoder, device
         self.pages: list[Page] = []
+        self.hidden = 0
+        self.first_token = policy.sink_length
         self._starts = [0]
         self._policy = policy
         self.kv_heads, self.head_dim = like.shape[1], like.shape[3]
@@ -62,9 +67,35 @@ class Body:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def held(self) -> int:
+        """Tokens held, hidden ones too."""
+        return self.hidden + len(self)
+
     def _index(self) -> None:
-        """Note where each page starts, and the length behind the last."""
-        self._starts = [0, *itertools.accumulate(page.length for page in self.pages)]
+        """Note where each page starts, below zero where tokens are hidden, and the length behind the last."""
+        lengths = (page.length for page in self.pages)
+        self._starts = list(itertools.accumulate(lengths, initial=-self.hidden))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each page that are in view."""
+        return [max(0, stop) - max(0, start) for start, stop in itertools.pairwise(self._starts)]
+
+    def hide(self, tokens: int) -> None:
+        """Hide the oldest `tokens` tokens held; those that were hidden before and are not of them come back."""
+        self.hidden = tokens
+        self._index()
+
+    def free(self) -> int:
+        """Let pages go that are hidden whole, and return how many tokens they had."""
+        freed = 0
+        while self.pages and self.pages[0].length <= self.hidden:
+            freed += self.pages[0].length
+            self.hidden -= self.pages.pop(0).length
+        self.first_token += freed
+        self._index()
+        return freed
 
     @property
     def wide(self) -> bool:
@@ -79,7 +110,7 @@ class Body:
             tokens: how many tokens they have together.
         """
         staged = Staged()
-        stored = len(self)
+        stored = self.held
         page = self.pages[-1] if self.pages else None
         at = page.length if page else 0
         for piece in pieces:
@@ -112,6 +143,7 @@ class Body:
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens. A page that ends inside a group is never written to again."""
+        tokens += self.hidden
         before = 0
         for index, page in enumerate(self.pages):
             if before + page.length >= tokens:
@@ -121,27 +153,30 @@ class Body:
             before += page.length
         for page in self.pages[-1:]:
             page.discard()
-            if page.capacity - page.length > max(self._policy.page_tokens, tokens // 8):
+            if page.capacity - page.length > self._policy.spare(tokens):
                 page.trim(page.length)
         self._index()
 
     def replaced(self, states: Tensor) -> Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
         body = Body(self.encoder, self._policy, states, self.device)
-        start = 0
-        for page in self.pages:
+        body.first_token, body.hidden = self.first_token, self.hidden
+        for page, start in zip(self.pages, self._starts[:-1], strict=True):
             # A page that a crop left ending inside a group is filled up with its own last token, which moves no
-            # minimum or maximum, and cut back after.
-            tokens = states[:, :, start : start + page.length]
-            missing = -page.length % self.encoder.block
-            filled = torch.cat([tokens, tokens[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+            # minimum or maximum, and cut back after; what is hidden of a page, likewise, with the first in view.
+            tokens = states[:, :, max(0, start) : start + page.length]
+            first, last = tokens[:, :, :1], tokens[:, :, -1:]
+            before, missing = max(0, -start), -page.length % self.encoder.block
+            filled = torch.cat(
+                [first.expand(-1, -1, before, -1), tokens, last.expand(-1, -1, missing, -1)],
+                dim=2,
+            )
             fresh = Body(self.encoder, self._policy, states, self.device)
-            pieces = self.encoder.encode(filled, self._policy.sink_length + start, wide=body.wide)
+            pieces = self.encoder.encode(filled, self.first_token + self.hidden + start, wide=body.wide)
             fresh.commit(fresh.stage(pieces, filled.shape[2]))
             fresh.truncate(page.length)
             fresh.pages[-1].trim(fresh.pages[-1].length)
             body.pages += fresh.pages
-            start += page.length
         body._index()
         return body
 
@@ -160,7 +195,7 @@ class Body:
     def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time, each in a page."""
         for start, stop in itertools.pairwise(self._starts):
-            for low in range(start, stop, tile_tokens):
+            for low in range(max(0, start), stop, tile_tokens):
                 yield low, min(low + tile_tokens, stop)
 
     def tile(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Tensor:
@@ -204,11 +239,10 @@ class Body:
             length = part.integer("length", 1)
             page: Page
             if self.encoder.border.is_opaque:
-                first_token = self._policy.sink_length + stored
-                page = OpaquePage(self.encoder, first_token, self.kv_heads, self.head_dim, self.device)
+                page = self._opaque_page(stored)
                 page.restore(part, length, batch)
             else:
-                most = length + max(self._policy.page_tokens, (stored + length) // 8)
+                most = length + self._policy.spare(stored + length)
                 shape = (batch, self.kv_heads, length, self.head_dim)
                 page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
                 page.to(self.device)
@@ -223,7 +257,11 @@ class Body:
 
     def _new_page(self, piece: Piece, stored: int, left: int) -> Page:
         if not isinstance(piece, Encoded):
-            first_token = self._policy.sink_length + stored
-            return OpaquePage(self.encoder, first_token, self.kv_heads, self.head_dim, self.device)
+            return self._opaque_page(stored)
         capacity = self._policy.page_capacity(left, stored)
         return CanonicalPage(self.encoder, piece, capacity, self.head_dim, self.device)
+
+    def _opaque_page(self, stored: int) -> OpaquePage:
+        most = None if self._policy.span is None else self._policy.page_capacity(0, stored)
+        first = self.first_token + stored
+        return OpaquePage(self.encoder, first, self.kv_heads, self.head_dim, self.device, most)

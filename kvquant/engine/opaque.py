@@ -19,9 +19,20 @@ from kvquant.plugin.quantizer import Opaque
 class OpaquePage:
     """A page in a backend's own format: one `Opaque` for each block and batch row."""
 
-    def __init__(self, encoder: Encoder, first_token: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        """Make an empty page that begins at token `first_token` of the sequence; its list of blocks never fills up."""
-        self._encoder, self._first_token = encoder, first_token
+    def __init__(
+        self,
+        encoder: Encoder,
+        first_token: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        most: int | None = None,
+    ) -> None:
+        """Make an empty page that begins at token `first_token` of the sequence.
+
+        Its list of blocks never fills up, unless the page is to have at most `most` tokens.
+        """
+        self._encoder, self._first_token, self._most = encoder, first_token, most
         self._kv_heads, self._head_dim, self._device = kv_heads, head_dim, device
         self._blocks: list[tuple[Opaque, ...]] = []
         self.length = 0
@@ -38,7 +49,8 @@ class OpaquePage:
 
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`."""
-        return isinstance(piece, EncodedOpaque) and at % self._encoder.block == 0
+        fits = self._most is None or at + self._encoder.block <= self._most
+        return fits and isinstance(piece, EncodedOpaque) and at % self._encoder.block == 0
 
     def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a block is written whole
         """Keep a block at token `at`, in place of what a crop or a failure left there; return its tokens."""

@@ -93,10 +93,10 @@ class LayerSettings:
     residual_length: int
     sink_length: int
 
-    def policy(self, key_scheme: Scheme, value_scheme: Scheme) -> WindowPolicy:
-        """Return the window policy for these schemes."""
+    def policy(self, key_scheme: Scheme, value_scheme: Scheme, span: int | None = None) -> WindowPolicy:
+        """Return the window policy for these schemes; `span` is the most tokens that a later query sees."""
         groups = [(scheme.axis, scheme.group_size) for scheme in (key_scheme, value_scheme)]
-        return WindowPolicy(self.sink_length, self.residual_length, block_tokens(groups))
+        return WindowPolicy(self.sink_length, self.residual_length, block_tokens(groups), span)
 
 
 def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettings:

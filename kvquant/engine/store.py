@@ -4,6 +4,9 @@
 
 The sink and the window are exact. While nothing is quantised yet, the sink is simply the front of the window's
 buffer, so that the states can be handed out as one tensor without a copy.
+
+The oldest tokens may be out of view, in a layer of sliding-window attention. Then all that counts tokens counts from
+the first in view, `seen` and what is said to be a position excepted.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from kvquant.engine.body import Body, Staged
 from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.packing import packed_bytes
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.window import WindowPolicy, buffer_capacity
 
@@ -40,21 +44,24 @@ class Store:
     """One stream of one layer.
 
     Attributes:
+        policy: what decides which tokens are quantised.
         body: the quantised tokens.
-        sink: ``[batch, kv_heads, sink_length, head_dim]``, or None while nothing is quantised.
+        sink: ``[batch, kv_heads, sink_length, head_dim]``, or None while nothing is quantised; empty once all of it
+            is out of view.
         recent: the tokens after the body (all tokens, while nothing is quantised).
         version: rises with every change, so that what was handed out can tell that it is out of date.
     """
 
     def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, body_device: torch.device | None) -> None:
         """Make an empty store for states like `like` ``[batch, kv_heads, any, head_dim]``."""
-        self._policy = policy
+        self.policy = policy
         self.dtype, self.device = like.dtype, like.device
         self.compute_dtype = encoder.dtype
         self.version = 0
         self.sink: Tensor | None = None
+        self._sink_hidden = 0
         self.body = Body(encoder, policy, like, body_device or like.device)
-        self.recent = TokenBuffer(like, policy.block, policy.most_recent)
+        self.recent = TokenBuffer(like, policy.slack, policy.most_recent)
 
     # -------------------------------------------------------------------------------------------- shape
 
@@ -76,17 +83,38 @@ class Store:
     @property
     def sink_tokens(self) -> int:
         """Tokens of the sink that have been set apart from the window."""
-        return 0 if self.sink is None else self.sink.shape[2]
+        return 0 if self.sink is None else self.sink.shape[2] - self._sink_hidden
 
     def __len__(self) -> int:
         return self.sink_tokens + len(self.body) + len(self.recent)
+
+    @property
+    def hidden(self) -> int:
+        """The oldest tokens that are held and out of view."""
+        return self._sink_hidden + self.body.hidden
+
+    @property
+    def freed(self) -> int:
+        """Tokens that are no longer held: the position of the first that is."""
+        return self.seen - len(self) - self.hidden
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the sequence so far."""
+        if self.sink is None:
+            return len(self.recent)
+        return self.body.first_token + self.body.held + len(self.recent)
+
+    @property
+    def _in_front(self) -> int:
+        """Sink tokens that are still to be set apart, the oldest in the buffer."""
+        return self.policy.sink_length if self.sink is None else 0
 
     # -------------------------------------------------------------------------------------------- appending
 
     def leaving(self, added: int) -> int:
         """Return how many tokens will be quantised when `added` tokens are appended."""
-        in_front = self._policy.sink_length - self.sink_tokens  # sink tokens that are still in the buffer
-        return self._policy.leaving(len(self.recent) + added - in_front)
+        return self.policy.leaving(len(self.recent) + added - self._in_front)
 
     def stage(self, states: Tensor, leaving: int) -> StagedUpdate:
         """Do the work of appending `states`: quantise what will leave the window, write the rest. Nothing counts yet.
@@ -95,10 +123,10 @@ class Store:
             states: ``[batch, kv_heads, tokens, head_dim]``, about to be appended.
             leaving: what `leaving` said.
         """
-        first = self._policy.sink_length - self.sink_tokens if leaving else 0  # sink tokens to be set apart
+        first = self._in_front if leaving else 0
         body = Staged()
         if leaving:
-            position = self._policy.sink_length + len(self.body)
+            position = self.body.first_token + self.body.held
             body = self.body.stage(self._encode(states, first, first + leaving, position), leaving)
         # Set the sink apart once quantised tokens will lie between it and the window.
         sink = self._span(states, 0, first).clone() if leaving and self.sink is None else self.sink
@@ -122,7 +150,7 @@ class Store:
 
         Whole blocks lie in the buffer alone or in `states` alone but for one that straddles both.
         """
-        held, block = len(self.recent), self._policy.block
+        held, block = len(self.recent), self.policy.block
         inside = start + max(0, min(held, stop) - start) // block * block
         straddling = min(stop, inside + block) if inside < held else inside
         wide = self.body.wide
@@ -158,7 +186,7 @@ class Store:
         A span lies in one page, or in the sink, or in the window, so that `tile` reads it without joining.
         """
         start = 0
-        for length in (self.sink_tokens, *(page.length for page in self.body.pages), len(self.recent)):
+        for length in (self.sink_tokens, *self.body.lengths, len(self.recent)):
             for low in range(0, length, tile_tokens):
                 yield start + low, start + min(low + tile_tokens, length)
             start += length
@@ -183,7 +211,7 @@ class Store:
     def _exact(self, start: int, stop: int) -> Tensor:
         """Return tokens `start` to `stop`, which lie in the sink or in the window, as they were given."""
         if self.sink is not None and start < self.sink_tokens:
-            return self.sink[:, :, start:stop]
+            return self.sink[:, :, self._sink_hidden + start : self._sink_hidden + stop]
         recent = self.sink_tokens + len(self.body)
         return self.recent.view(start - recent, stop - recent)
 
@@ -199,7 +227,7 @@ class Store:
         )
         body = range(self.sink_tokens, self.sink_tokens + len(self.body))
         limits = torch.finfo(self.dtype)
-        for low, high in self.spans(self._policy.page_tokens):
+        for low, high in self.spans(self.policy.page_tokens):
             first, last = max(start, low), min(stop, high)
             if first >= last:
                 continue
@@ -213,6 +241,35 @@ class Store:
             else:
                 target.copy_(self._exact(first, last))
         return out
+
+    # -------------------------------------------------------------------------------------------- out of view
+
+    def begin_at(self, position: int) -> None:
+        """Take tokens from `position` on as the first, in an empty store; those before are never seen."""
+        self.sink = self.recent.view() if position else None
+        self.body.first_token = position or self.policy.sink_length
+
+    def show_from(self, position: int, *, free: bool) -> None:
+        """Have the first token in view be that at `position`, or the first held where that comes later.
+
+        The window must be in view. What is in memory before it comes into view again if `position` says so.
+
+        Args:
+            position: in the sequence.
+            free: whether to let go what is out of view then, as far as that can be done.
+        """
+        if self.sink is None:
+            return
+        hidden = max(0, position - self.freed)
+        sink = self.sink.shape[2]
+        if hidden != self.hidden:
+            self.version += 1
+            self._sink_hidden = min(hidden, sink)
+            self.body.hide(hidden - self._sink_hidden)
+        if free and self._sink_hidden == sink:
+            if sink:
+                self.sink, self._sink_hidden = self.sink[:, :, :0].clone(), 0
+            self.body.free()
 
     # -------------------------------------------------------------------------------------------- other changes
 
@@ -228,7 +285,7 @@ class Store:
             # Nothing is quantised any more: the sink goes back to the front of the buffer.
             kept = self.sink_tokens - (tokens - from_recent - from_body)
             self.recent.push_front(self.sink[:, :, :kept])
-            self.sink = None
+            self.begin_at(0)
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices` (int64 ``[new_batch]``, repeats allowed), in that order."""
@@ -245,9 +302,11 @@ class Store:
             states: ``[batch, kv_heads, len(self), head_dim]``.
         """
         body = self.body
-        store = Store(states, body.encoder, self._policy, body.device)
+        store = Store(states, body.encoder, self.policy, body.device)
         if self.sink is not None:
-            store.sink = states[:, :, : self.sink_tokens].clone()
+            hidden = self.sink[:, :, : self._sink_hidden]
+            store.sink = torch.cat([hidden, states[:, :, : self.sink_tokens]], dim=2)
+            store._sink_hidden = self._sink_hidden
         end = self.sink_tokens + len(body)
         store.body = body.replaced(states[:, :, self.sink_tokens : end])
         store.recent.append(states[:, :, end:])
@@ -268,8 +327,8 @@ class Store:
         scheme = self.body.encoder.scheme
         sizes = {"batch": self.batch, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
-        state = State(meta={**sizes, "dtype": dtype_name(self.dtype), **how, "block": self._policy.block})
-        if self.sink is not None and self.sink_tokens:
+        state = State(meta={**sizes, "dtype": dtype_name(self.dtype), **how, "block": self.policy.block})
+        if self.sink is not None and self.sink.shape[2]:
             state.tensors["sink"] = self.sink
         state.put("window", self.recent.state())
         state.put("body", self.body.state())
@@ -282,9 +341,13 @@ class Store:
         """
         window = saved.part("window")
         held = window.integer("stop") - window.integer("start")
-        grown = buffer_capacity(max(held, 0) + 1, self._policy.block, self._policy.most_recent)
-        tokens = max(window.integer("capacity"), grown) + self._policy.page_tokens
-        return tokens * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+        grown = buffer_capacity(max(held, 0) + 1, self.policy.slack, self.policy.most_recent)
+        exact = max(window.integer("capacity"), grown) * self.head_dim * self.dtype.itemsize
+        scheme = self.body.encoder.scheme
+        # A scale and an offset, as wide as they get, for each group.
+        quantized = packed_bytes(self.head_dim, scheme.nbits) + 16 * -(-self.head_dim // scheme.group_size)
+        body = self.policy.page_capacity(0, 0) * quantized
+        return self.batch * self.kv_heads * (exact + body)
 
     def restore(self, saved: Saved) -> None:
         """Take on a saved state, in a store that was made for states like those (`empty_states`) and is empty.
@@ -294,17 +357,19 @@ class Store:
         """
         scheme = self.body.encoder.scheme
         how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
-        for name, here in {**how, "block": self._policy.block}.items():
+        for name, here in {**how, "block": self.policy.block}.items():
             if saved.value(name) != here:
                 raise saved.misfit(f"was quantised with {name}={saved.value(name)!r}, and the config asks for {here!r}")
         self.body.restore(saved.part("body"), self.batch)
         if len(self.body):
-            shape = (self.batch, self.kv_heads, self._policy.sink_length, self.head_dim)
-            if self._policy.sink_length:
+            shape = (self.batch, self.kv_heads, self._in_front, self.head_dim)
+            if self._in_front:
                 self.sink = saved.take("sink", shape, [dtype_name(self.dtype)]).to(self.device, copy=True)
             else:
                 self.sink = self.recent.data.new_empty(shape)
         self.recent.restore(saved.part("window"))
+        if self.policy.most is not None and len(self) > self.policy.most:
+            raise saved.misfit(f"has {len(self)} tokens, and there is room for {self.policy.most}")
         if self.leaving(0):
             raise saved.misfit(f"has {len(self.recent)} tokens in its window, some of which should be quantised")
 

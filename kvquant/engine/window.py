@@ -1,11 +1,16 @@
 """Which tokens stay exact and which are quantised: integers only, no tensors.
 
 | sink | body (whole blocks, quantised) | window |
+
+A layer of sliding-window attention forgets its oldest tokens: those that no query will see again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+#: Blocks of a span that are quantised, at least, for it to be worth it.
+_FEW_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -16,11 +21,14 @@ class WindowPolicy:
         sink_length: first tokens, kept in full precision for ever.
         residual_length: most recent tokens that are kept in full precision at least.
         block: tokens that are quantised at once.
+        span: the most tokens that a later query sees; None for all there are.
+        most: tokens that there is room for from the start, in a cache of fixed size; None where room is made as needed.
     """
 
     sink_length: int
     residual_length: int
     block: int
+    span: int | None = None
     most: int | None = None
 
     def leaving(self, window: int) -> int:
@@ -34,7 +42,13 @@ class WindowPolicy:
     @property
     def most_recent(self) -> int:
         """Tokens that are in full precision and not set apart as sink, at most, between two updates."""
-        return self.sink_length + self.residual_length + self.block - 1
+        recent = self.sink_length + self.residual_length + self.block - 1
+        return recent if self.most is None else min(recent, self.most)
+
+    @property
+    def slack(self) -> int:
+        """Spare tokens to allow for them when they are few."""
+        return self.block if self.most is None else self.most_recent
 
     @property
     def page_tokens(self) -> int:
@@ -48,7 +62,34 @@ class WindowPolicy:
             left: tokens at hand for it.
             stored: tokens that the pages before it hold.
         """
+        if self.span is not None:
+            # What is out of view is given back a page at a time.
+            return max(self.page_tokens, self.span // 8) // self.block * self.block
+        if self.most is not None:
+            return max(left, self.leaving(self.most - self.sink_length) - stored) // self.block * self.block
         return max(left, self.page_tokens, stored // 8) // self.block * self.block
+
+    def spare(self, stored: int) -> int:
+        """Return how many tokens the last page of the body may have room for beside those that it holds.
+
+        Args:
+            stored: tokens that the body holds.
+        """
+        return max(self.page_tokens, stored // 8) if self.most is None else self.most
+
+    @property
+    def pays(self) -> bool:
+        """Whether so much of the span is quantised that it is worth it: a few blocks beside sink and window."""
+        exact = self.sink_length + self.residual_length
+        return self.span is None or self.span >= exact + _FEW_BLOCKS * self.block
+
+    def first_kept(self, tokens: int) -> int:
+        """Return the first of `tokens` tokens that an empty store needs to take when they come at once.
+
+        Blocks begin where they would begin if all had been taken, so that the same tokens share a scale.
+        """
+        in_body = tokens - (tokens if self.span is None else self.span) - self.sink_length
+        return self.sink_length + in_body // self.block * self.block if in_body >= self.block else 0
 
 
 @dataclass(frozen=True)

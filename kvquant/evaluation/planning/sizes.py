@@ -210,7 +210,7 @@ def _quantized(
     like = states.like(1, 0, device)
     layer.lazy_initialization(*like)
     encoders: Sequence[Encoder] = [store.body.encoder for store in layer.stores]
-    policy = layer.settings.policy(*(encoder.scheme for encoder in encoders))
+    policy = layer.policy(*(encoder.scheme for encoder in encoders))
     key, value = (
         _Stream(
             find_layout(encoder, empty.shape[1], empty.shape[3], device),

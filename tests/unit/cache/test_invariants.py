@@ -292,8 +292,8 @@ def test_spare_capacity_stays_within_an_eighth_or_a_page(kind):
         for store in layer.stores:
             stored = len(store.body)
             spare = sum(page.capacity - page.length for page in store.body.pages)
-            assert spare <= max(store._policy.page_tokens, stored / 8)
-            assert store.recent.data.shape[2] <= store._policy.most_recent
+            assert spare <= max(store.policy.page_tokens, stored / 8)
+            assert store.recent.data.shape[2] <= store.policy.most_recent
 
 
 def test_pages_never_move_while_tokens_are_appended():
