@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import copy
 
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 #: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
@@ -19,9 +25,14 @@ def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:
     return [] if config is None else list(DynamicCache(config=config).layers)
 
 
+def static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list[object]:
+    """Return the layers that transformers' own cache of fixed size has for a model; empty when there is no config."""
+    return [] if config is None else list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
+
+
 def is_full_attention(layer: object) -> bool:
-    """Whether a layer of the dynamic cache is plain full attention, which is what kvquant quantises."""
-    return type(layer) is DynamicLayer
+    """Whether a layer of transformers' own caches is plain full attention, which is what kvquant quantises."""
+    return type(layer) in (DynamicLayer, StaticLayer)
 
 
 def sliding_window(layer: object) -> int | None:
@@ -34,8 +45,9 @@ def sliding_window(layer: object) -> int | None:
 
 
 def layer_classes() -> dict[str, type]:
-    """Return the layers that transformers' dynamic caches are made of, by the names of their classes."""
-    return {kind.__name__: kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values()}
+    """Return the layers that transformers' own caches are made of, by the names of their classes."""
+    kinds = (*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values())
+    return {kind.__name__: kind for kind in kinds}
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvquant.cache.compat import layer_classes
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.static import StaticQuantizedLayer
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.store import empty_states
 from kvquant.errors import UnsavableCacheError
@@ -95,6 +96,8 @@ def restore(layer: QuantizedLayer, saved: Saved) -> None:
         return
     for stream, store in zip(STREAMS, layer.stores, strict=True):
         store.restore(saved.part(stream))
+    if isinstance(layer, StaticQuantizedLayer):
+        layer.synchronise()
     keys, values = ((store.batch, store.kv_heads, len(store.body), len(store)) for store in layer.stores)
     if keys != values:
         raise saved.misfit(f"has keys of {keys} batch rows, heads, quantised tokens and tokens, and values of {values}")
