@@ -167,11 +167,18 @@ def can_attend(
 
 def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise where an operation would write into quantised states: the result would be lost."""
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    if torch.compiler.is_compiling():  # where functions do not tell their names
+        in_place, name = func in _WRITING, "an operation"
+    else:
+        name = getattr(func, "__name__", "")
+        in_place = _is_writing(name)
     target = args[0] if in_place and args else kwargs.get("out")
     if tree_any(lambda leaf: isinstance(leaf, LazyStates), target):
         raise ReadOnlyStatesError(name)
+
+
+def _is_writing(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
 # ------------------------------------------------------------------------------------------------ lazy operations
@@ -258,6 +265,9 @@ _IN_PLACE = (
     "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
     "__ilshift__ __irshift__"
 ).split()
+
+#: Methods that write.
+_WRITING = {getattr(Tensor, name) for name in dir(Tensor) if _is_writing(name)}
 
 _ATTRIBUTES = (
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cpu is_cuda is_mps is_xpu is_meta is_sparse "

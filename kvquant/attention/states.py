@@ -103,6 +103,7 @@ class QuantizedStates(LazyStates):
 
     @classmethod
     def attend(cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor | None:
+        """Attend over the stores, see `attend_packed`."""
         return attend_packed(query, key, value, mask, **options)
 
 

@@ -85,6 +85,7 @@ class StaticStates(LazyStates):
 
     @classmethod
     def attend(cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor | None:
+        """Attend over the tokens, see `attend_static`."""
         return attend_static(query, key, value, mask, **options)
 
 
@@ -140,7 +141,7 @@ def attend_static(
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if not can_attend(query, key, value, mask, gqa=gqa, cast=cast is not None):
         return None
-    return operators.attend(
+    out: Tensor = operators.attend(
         query,
         key.states,
         value.states,
@@ -156,3 +157,4 @@ def attend_static(
         sinks,
         cast,
     )
+    return out

@@ -17,13 +17,12 @@ from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention, sl
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
-from kvquant.cache.static import StaticQuantizedLayer
+from kvquant.cache.static import StaticQuantizedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
 from kvquant.engine.options import parse_layers
 from kvquant.engine.settings import check_device, layer_settings
 from kvquant.errors import CropError, UnsupportedError
-
 
 _WITHOUT_CONFIG = "a cache without a model's config"
 _NO_LAYERS = "it has no layers before the first update; make it with config=model.config"
@@ -179,11 +178,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
-        if fixed is None:
-            return DynamicLayer() if self.config.skips(index) else QuantizedLayer(self.config, index)
-        if torch.compiler.is_compiling():  # what lives outside of a graph cannot be made in it
+        if torch.compiler.is_compiling() and fixed is not None:  # what outlives a graph cannot be made in it
             raise UnsupportedError(_WITHOUT_CONFIG, [_NO_LAYERS], "a compiled prefill")
-        return StaticLayer(fixed) if self.config.skips(index) else StaticQuantizedLayer(self.config, index)
+        if self.config.skips(index):
+            return DynamicLayer() if fixed is None else StaticLayer(fixed)
+        return full_attention_layer(self.config, index)
 
     # -------------------------------------------------------------------------------------------- a fixed size
 
@@ -213,7 +212,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         Args:
             layer_idx: the layer, None for the one that holds most.
         """
-        if layer_idx is None and not self.layers or layer_idx is not None and layer_idx >= len(self.layers):
+        if (layer_idx or 0) >= len(self.layers):
             return self.config.max_cache_len or -1
         return int(super().get_max_length(layer_idx))
 
@@ -322,11 +321,7 @@ def _quantized(template: object, config: CacheConfig, index: int, channels: int 
     window = sliding_window(template)
     if window is None and not is_full_attention(template):
         return None
-    layer: QuantizedLayer
-    if window is not None:
-        layer = QuantizedSlidingLayer(config, index, window)
-    else:
-        layer = QuantizedLayer(config, index) if config.max_cache_len is None else StaticQuantizedLayer(config, index)
+    layer = full_attention_layer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
     key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
     return layer if layer.policy(key_scheme, value_scheme).pays else None
 

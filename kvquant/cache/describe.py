@@ -56,6 +56,7 @@ def _layer(index: int, saved: Saved, entries: dict[str, Entry]) -> dict[str, Any
         quantized = sum(page.integer("length") for page in store.part("body").parts("pages"))
         sink = entries["key.sink"].shape[2:3] if "key.sink" in entries else ()
         tokens = sum(sink) + quantized + window.integer("stop") - window.integer("start")
+        tokens += saved.integer("freed") if "freed" in saved else 0
     elif "attributes" in saved:
         attributes, keys = saved.part("attributes"), entries.get("attributes.keys")
         held = keys.shape[2] if keys is not None and len(keys.shape) == 4 else 0

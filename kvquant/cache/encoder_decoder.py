@@ -101,12 +101,12 @@ def _fill(cache: QuantizedCache, config: CacheConfig, layers: list[Any], *, fixe
 
 
 def cross_config(config: CacheConfig) -> CacheConfig:
-    """Return the options of a cross-attention cache: those of the whole, without a window of recent tokens."""
+    """Return the options of a cross-attention cache: those of the whole, without a window or room for more tokens."""
     layers = {
         key: {name: value for name, value in options.items() if name != "residual_length"}
         for key, options in config.layers.items()
     }
-    return dataclasses.replace(config, residual_length=0, layers=layers)
+    return dataclasses.replace(config, residual_length=0, layers=layers, max_cache_len=None)
 
 
 class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  # transformers ships no types for it

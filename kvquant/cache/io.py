@@ -35,7 +35,18 @@ from kvquant.cache.container import open_tensors, verify, write
 from kvquant.cache.fingerprint import ModelIdentity
 from kvquant.cache.header import Header, read_header
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.cache.layer_states import QUANTIZED, layer_state, prepare, restore, restored_layer
+from kvquant.cache.layer_states import (
+    QUANTIZED,
+    SLIDING,
+    Maker,
+    kind_of,
+    layer_state,
+    prepare,
+    quantized_layer,
+    restore,
+    restored_layer,
+)
+from kvquant.cache.static import full_attention_layer
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
 from kvquant.engine.state import MisfitError, Saved, Source, State
@@ -156,7 +167,7 @@ class Cross:
         fitting: gives all of them for a model.
     """
 
-    make: Callable[[CacheConfig, int], QuantizedLayer]
+    make: Maker
     fitting: Fitting
 
 
@@ -293,16 +304,17 @@ def _layers(
     device: torch.device,
     templates: Sequence[Any] | None,
     model_config: PreTrainedConfig | None,
-    make: Callable[[CacheConfig, int], QuantizedLayer] = QuantizedLayer,
+    make: Maker = full_attention_layer,
 ) -> list[Any]:
     if templates is not None:
         _check_layers(header, parts, templates, head_dim(model_config))
     quantized: list[tuple[QuantizedLayer, Saved]] = []
     layers: list[Any] = []
     for index, part in enumerate(parts):
-        if part.value("kind") == QUANTIZED:
-            quantized.append((make(config, index), part))
-            layers.append(quantized[-1][0])
+        layer = quantized_layer(part, config, index, make)
+        if layer is not None:
+            quantized.append((layer, part))
+            layers.append(layer)
         else:
             layers.append(restored_layer(part, device, None if templates is None else templates[index]))
     needed = sum(prepare(layer, part, device) for layer, part in quantized)
@@ -321,7 +333,7 @@ def _check_layers(header: Header, parts: Sequence[Saved], templates: Sequence[An
     Raises:
         OtherModelError: they are others.
     """
-    kinds = [QUANTIZED if isinstance(layer, QuantizedLayer) else type(layer).__name__ for layer in templates]
+    kinds = [kind_of(layer) for layer in templates]
     found = [str(part.value("kind")) for part in parts]
     if len(found) != len(kinds):
         raise OtherModelError(header.path, [f"It has {len(found)} layers, and the model has {len(kinds)}"])
@@ -331,7 +343,11 @@ def _check_layers(header: Header, parts: Sequence[Saved], templates: Sequence[An
         if was != now
     ]
     for index, part in enumerate(parts):
-        if found[index] == QUANTIZED and "key" in part and channels is not None:
+        if found[index] == kinds[index] == SLIDING:
+            was, now = part.integer("sliding_window"), templates[index].sliding_window
+            if was != now:
+                differences.append(f"layer {index} has a window of {was} tokens in the file and {now} in the model")
+        if found[index] in (QUANTIZED, SLIDING) and "key" in part and channels is not None:
             held = part.part("key").integer("head_dim")
             if held != channels:
                 differences.append(f"heads of layer {index} have {held} channels, and {channels} in the model")

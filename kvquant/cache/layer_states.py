@@ -8,6 +8,7 @@ else of them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from kvquant.cache.compat import layer_classes
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.cache.static import StaticQuantizedLayer
+from kvquant.cache.sliding import QuantizedSlidingLayer
+from kvquant.cache.static import StaticQuantizedLayer, full_attention_layer
+from kvquant.engine.config import CacheConfig
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.store import empty_states
 from kvquant.errors import UnsavableCacheError
 
-#: The kind of a quantised layer; those of transformers' own are the names of their classes.
-QUANTIZED = "quantized"
+#: The kinds of quantised layers; those of transformers' own are the names of their classes.
+QUANTIZED, SLIDING = "quantized", "quantized sliding window"
 STREAMS = ("key", "value")
 
 #: Attributes that are types or devices; some layers get them with their first states only.
@@ -53,14 +56,46 @@ def layer_state(layer: Any, where: str) -> State:
 # ------------------------------------------------------------------------------------------------ quantised layers
 
 
+def kind_of(layer: Any) -> str:
+    """Return the kind of a layer, as it is written down."""
+    if isinstance(layer, QuantizedSlidingLayer):
+        return SLIDING
+    return QUANTIZED if isinstance(layer, QuantizedLayer) else type(layer).__name__
+
+
 def _quantized_state(layer: QuantizedLayer, where: str) -> State:
     layer._check_assigned()
-    state = State(meta={"kind": QUANTIZED})
+    state = State(meta={"kind": kind_of(layer)})
+    if isinstance(layer, QuantizedSlidingLayer):
+        state.meta["sliding_window"] = layer.sliding_window
+        if layer.is_initialized:
+            state.meta.update(freed=layer.stores[0].freed, hidden=layer.stores[0].hidden)
     for stream, store in layer._stores.items():
         if not store.batch:
             raise UnsavableCacheError("it has no batch rows", where)
         state.put(stream, store.state())
     return state
+
+
+#: Makes an empty layer of a number.
+Maker = Callable[[CacheConfig, int], QuantizedLayer]
+
+
+def quantized_layer(
+    saved: Saved, config: CacheConfig, index: int, make: Maker = full_attention_layer
+) -> QuantizedLayer | None:
+    """Return an empty layer of the kind of a saved one, or None where that is one of transformers' own.
+
+    Args:
+        saved: the layer's state.
+        config: the cache's options.
+        index: the layer's number.
+        make: makes those that see all tokens.
+    """
+    kind = saved.value("kind")
+    if kind == SLIDING:
+        return QuantizedSlidingLayer(config, index, saved.integer("sliding_window", 1, _ARGUMENTS["sliding_window"]))
+    return make(config, index) if kind == QUANTIZED else None
 
 
 def prepare(layer: QuantizedLayer, saved: Saved, device: torch.device) -> int:
@@ -94,8 +129,17 @@ def restore(layer: QuantizedLayer, saved: Saved) -> None:
     """
     if not layer.is_initialized:
         return
+    slides = isinstance(layer, QuantizedSlidingLayer)
+    freed, hidden = (saved.integer("freed"), saved.integer("hidden")) if slides else (0, 0)
     for stream, store in zip(STREAMS, layer.stores, strict=True):
+        if freed:
+            store.begin_at(freed)
         store.restore(saved.part(stream))
+        if hidden > max(0, len(store) - len(store.recent)):
+            raise saved.misfit(f"has {hidden} tokens out of view, and fewer that could be")
+        store.show_from(freed + hidden, free=False)
+    if slides and (unseen := layer.get_mask_sizes(0)[1]) < freed + hidden:
+        raise saved.misfit(f"has {freed + hidden} tokens out of view, and the next token sees all but {unseen}")
     if isinstance(layer, StaticQuantizedLayer):
         layer.synchronise()
     keys, values = ((store.batch, store.kv_heads, len(store.body), len(store)) for store in layer.stores)

@@ -45,7 +45,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             self._length = torch.tensor(len(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StaticQuantizedLayer:
-        layer: StaticQuantizedLayer = super().__deepcopy__(memo)  # type: ignore[assignment]  # of its own type
+        layer: StaticQuantizedLayer = super().__deepcopy__(memo)
         layer._register()
         return layer
 
@@ -130,3 +130,8 @@ class StaticQuantizedLayer(QuantizedLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002  # it is the same for all
         """Return the length and offset of the keys that attention gets, whatever is in the cache."""
         return self.max_cache_len, 0
+
+
+def full_attention_layer(config: CacheConfig, index: int) -> QuantizedLayer:
+    """Return an empty layer of full attention, of fixed size where the options ask for one."""
+    return QuantizedLayer(config, index) if config.max_cache_len is None else StaticQuantizedLayer(config, index)

@@ -235,14 +235,16 @@ class Body:
             MisfitError: it is not one of a body like this.
         """
         stored = 0
-        for part in saved.parts("pages"):
+        parts = list(saved.parts("pages"))
+        for part in parts:
             length = part.integer("length", 1)
             page: Page
             if self.encoder.border.is_opaque:
                 page = self._opaque_page(stored)
                 page.restore(part, length, batch)
             else:
-                most = length + self._policy.spare(stored + length)
+                # Room behind a page that another has followed was given back.
+                most = length + (self._policy.spare(stored + length) if part is parts[-1] else 0)
                 shape = (batch, self.kv_heads, length, self.head_dim)
                 page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
                 page.to(self.device)

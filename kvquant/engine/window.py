@@ -75,7 +75,7 @@ class WindowPolicy:
         Args:
             stored: tokens that the body holds.
         """
-        return max(self.page_tokens, stored // 8) if self.most is None else self.most
+        return max(self.page_tokens, stored // 8, (self.span or 0) // 8) if self.most is None else self.most
 
     @property
     def pays(self) -> bool:

@@ -46,21 +46,29 @@ class _Store:
 
     def __init__(self, policy: WindowPolicy) -> None:
         self._policy = policy
+        self._set_apart = False  # whether the sink is apart from the buffer
+        self._seen = self._freed = 0
         self.sink, self.recent = 0, Extent()
         self.lengths: list[int] = []
         self.capacities: list[int] = []
 
     def append(self, tokens: int) -> None:
-        policy = self._policy
-        in_front = policy.sink_length - self.sink
+        policy, seen = self._policy, self._seen
+        self._seen += tokens
+        if not seen and (first := policy.first_kept(tokens)):
+            self._set_apart, self._freed = True, first
+            tokens -= first
+        in_front = 0 if self._set_apart else policy.sink_length
         leaving = policy.leaving(len(self.recent) + tokens - in_front)
         dropped = leaving + in_front if leaving else 0
         if leaving:
-            self.sink = policy.sink_length
+            self.sink, self._set_apart = self.sink + in_front, True
             self._grow(leaving)
         from_buffer = min(dropped, len(self.recent))
         added = tokens - (dropped - from_buffer)
         self.recent = self.recent.appended(from_buffer, added, policy.slack, policy.most_recent)
+        if policy.span is not None:
+            self._free(seen - policy.span)
 
     def _grow(self, left: int) -> None:
         while left:
@@ -70,3 +78,13 @@ class _Store:
             written = min(left, self.capacities[-1] - self.lengths[-1])
             self.lengths[-1] += written
             left -= written
+
+    def _free(self, position: int) -> None:
+        """Let go of what is held whole of tokens before `position`."""
+        if not self._set_apart or position - self._freed < self.sink:
+            return
+        self._freed += self.sink
+        self.sink = 0
+        while self.lengths and self.lengths[0] <= position - self._freed:
+            self._freed += self.lengths.pop(0)
+            self.capacities.pop(0)

@@ -110,6 +110,10 @@ class _QuantizedLayer:
         most, block = self.policy.most_recent, self.policy.block
         if tokens <= most:
             return (tokens,)
+        if self.policy.span is not None and tokens > self.policy.span:
+            # Pages come and go, and are made when the window has become so full; a round of them takes so many blocks.
+            made = tokens + (most + 1 - tokens) % block
+            return tuple(range(made, made + self.policy.page_capacity(0, 0) + block, block))
         return tokens + (most - tokens) % block, tokens + (most + self.decode - tokens) % block
 
     def widest(self) -> _QuantizedLayer:

@@ -8,16 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from transformers import Gemma3TextConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvquant import QuantizedCache
 from kvquant.attention.counters import counters
 from kvquant.attention.kernels import VARIABLE
+from kvquant.cache.describe import describe
+from kvquant.cache.header import read_header
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
 from kvquant.engine.config import CacheConfig
-from kvquant.errors import CropError
-from tests.support import FORMATS
+from kvquant.errors import CacheFileError, CropError, OtherModelError
+from tests.support import FORMATS, SMALL_MODEL
+from tests.unit.cache.files import tampered
 from tests.unit.cache.helpers import states
 
 pytestmark = pytest.mark.usefixtures("formats")
@@ -95,11 +99,7 @@ AXES = [("channel", "token"), ("token", "channel")]
     ("kernel", "axes", "queries", "width", "group"),
     [
         ("numba", ("channel", "token"), 1, 64, 32),
-        *(
-            (kernel, axes, 3, 16, 8)
-            for kernel in ("triton", "torch")
-            for axes in product(("channel", "token"), repeat=2)
-        ),
+        *((kernel, axes, 3, 16, 8) for kernel in ("triton", "torch") for axes in AXES),
     ],
 )
 def test_attention_over_packed_tokens_sees_what_is_in_view(kernel, axes, queries, width, group, monkeypatch):
@@ -231,9 +231,6 @@ def test_rows_can_be_chosen_and_copies_are_independent():
 
 def test_windows_are_quantised_where_it_pays():
     """A window that is hardly longer than what stays exact keeps transformers' own layer."""
-    from transformers import MistralConfig
-
-    from tests.support import SMALL_MODEL
 
     def layers(window, **options):
         model = MistralConfig(**SMALL_MODEL, sliding_window=window)
@@ -243,3 +240,61 @@ def test_windows_are_quantised_where_it_pays():
     assert layers(385) == {QuantizedSlidingLayer}
     assert layers(384, residual_length=64) == {QuantizedSlidingLayer}
     assert layers(385, sink_length=4) == {DynamicSlidingWindowLayer}
+
+
+# ------------------------------------------------------------------------------------------------ saved and loaded
+
+
+def gemma(window=80):
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 2, "head_dim": 16, "num_key_value_heads": 2}
+    return Gemma3TextConfig(**sizes, sliding_window=window, layer_types=kinds)
+
+
+def filled(lengths, kind="affine", window=80, sink=0):
+    options = {**OPTIONS, "backend": f"test-{kind}", "sink_length": sink}
+    cache = QuantizedCache(config=gemma(window), **options)
+    for pair in pairs(lengths):
+        for layer in (0, 1):
+            cache.update(*pair, layer)
+    return cache
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+@pytest.mark.parametrize("lengths", [(30,), (60, 30, 5), (300,), (300, *[1] * 9), (200, 100, 60)])
+@pytest.mark.parametrize("sink", [0, 3])
+def test_a_loaded_layer_goes_on_as_if_it_had_never_been_saved(tmp_path, kind, lengths, sink):
+    """With nothing quantised yet, with tokens out of view, and with some gone."""
+    cache = filled(lengths, kind, sink=sink)
+    cache.save(tmp_path / "cache.kvq")
+    loaded = QuantizedCache.load(tmp_path / "cache.kvq", config=gemma())
+    for tokens in (0, 7, 150, 1):
+        new = pairs([tokens], seed=tokens)[0]
+        if tokens:
+            for one in (cache, loaded):
+                one.update(*new, 0)
+        mine, theirs = cache.layers[0], loaded.layers[0]
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+        assert (mine.get_mask_sizes(1), mine.memory()) == (theirs.get_mask_sizes(1), theirs.memory())
+    loaded.layers[0].crop(-1)
+
+
+def test_a_file_tells_of_its_windows(tmp_path):
+    """What was seen counts, gone or not; and a model with another window is another model."""
+    path = tmp_path / "cache.kvq"
+    filled((300, 9)).save(path)
+    layer = describe(read_header(path))["layers"][0]
+    assert (layer["kind"], layer["tokens"]) == ("quantized sliding window", 309)
+    with pytest.raises(OtherModelError, match="a window of 80 tokens in the file and 90 in the model"):
+        QuantizedCache.load(path, config=gemma(90))
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden", 500), ("hidden", 75), ("sliding_window", 0)])
+def test_what_is_out_of_view_must_be_possible(tmp_path, name, value):
+    """A file cannot hide what the next token sees."""
+    path = tmp_path / "cache.kvq"
+    filled((300, *[1] * 9)).save(path)
+    tampered(path, lambda description: description["layers"][0].update({name: value}))
+    with pytest.raises(CacheFileError, match=r"out of view|sliding_window"):
+        QuantizedCache.load(path)

@@ -1,6 +1,7 @@
 """What a plan says against caches that are really filled, and against models that are really made."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ LATENT = {
 #: Kinds of models, by what they cache, with the options that make them small.
 MODELS = {
     "llama": {},
+    "mistral": {"sliding_window": 80},  # all layers slide, and are quantised
     "gemma2": {"sliding_window": 24},  # every other layer slides
     "gemma4_text": {"sliding_window": 24, "vocab_size_per_layer_input": 128},  # heads of several sizes
     "gemma3n_text": {  # layers that read other layers' states
@@ -219,14 +221,22 @@ def test_scales_in_float32_are_an_upper_bound(tmp_path, backends):
 POLICIES = st.builds(
     WindowPolicy, sink_length=st.integers(0, 9), residual_length=st.integers(0, 70), block=st.integers(1, 40)
 )
+SPANS = st.one_of(st.none(), st.integers(0, 700))
 
 
-@given(policy=POLICIES, prefill=st.integers(1, 900), decoded=st.integers(0, 900))
+@given(policy=POLICIES, span=SPANS, prefill=st.integers(1, 900), decoded=st.integers(0, 900))
 @settings(max_examples=50)
-def test_no_token_is_lost(policy, prefill, decoded):
-    """Parts add up to the tokens that came, and no page and no buffer is over its capacity."""
+def test_no_token_is_lost(policy, span, prefill, decoded):
+    """Parts add up to the tokens that came, or that are in view, and no page and no buffer is over its capacity."""
+    sliding = replace(policy, span=span)
+    policy = sliding if sliding.pays else policy
     held = occupancy(policy, prefill, decoded)
-    assert held.sink + held.body + len(held.recent) == prefill + decoded
+    tokens = held.sink + held.body + len(held.recent)
+    if policy.span is None:
+        assert tokens == prefill + decoded
+    else:
+        in_view = min(policy.span, prefill + decoded)
+        assert in_view <= tokens <= in_view + policy.page_capacity(0, 0) + policy.sink_length
     assert held.body % policy.block == 0
     assert all(0 < length <= room and room % policy.block == 0 for length, room in held.pages)
     assert held.recent.stop <= held.recent.capacity
@@ -239,6 +249,7 @@ def test_no_token_is_lost(policy, prefill, decoded):
     ("text", "decode"),
     [
         ("full", 1),
+        ("reference:2:group_size=8:residual_length=32", 100),  # the windows too
         ("reference:2:group_size_key=24:residual_length=50", 0),
         ("reference:2:group_size_key=24:residual_length=50", 1),
         ("reference:2:group_size_key=24:residual_length=50", 100),
@@ -247,7 +258,7 @@ def test_no_token_is_lost(policy, prefill, decoded):
 )
 def test_the_longest_context_is_the_longest(tmp_path, text, decode):
     """Every length up to it fits, at every moment between two flushes, and a block more does not."""
-    shape = model_shape(saved(tmp_path, "gemma2", sliding_window=24), batch=2)
+    shape = model_shape(saved(tmp_path, "gemma2", sliding_window=80), batch=2)
     sizes = cache_sizes(candidates(text)[-1], shape, decode, torch.device("cpu"))
     budget = 1_500_000
     longest = sizes.longest(budget)
@@ -257,8 +268,9 @@ def test_the_longest_context_is_the_longest(tmp_path, text, decode):
 
 def test_what_does_not_grow_fits_for_ever(tmp_path):
     """Sliding windows alone; and where the weights alone are too much not one token fits."""
-    name = saved(tmp_path, "mistral", sliding_window=24)
-    assert planned(name, "full", memory=10**9).rows[0].longest is None
+    name = saved(tmp_path, "mistral", sliding_window=80)
+    quantized = "full,reference:2:group_size=8:residual_length=32"
+    assert [row.longest for row in planned(name, quantized, memory=10**9).rows] == [None, None]
     row = planned(name, "full", memory=1000).rows[0]
     assert row.longest == 0
     assert row.left == 1000 - row.total < 0
