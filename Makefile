@@ -6,11 +6,18 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 INPUTS := pyproject.toml .ci/constraints.txt
 
+# A second environment with the oldest transformers that pyproject.toml allows; huggingface_hub is the one that fits it.
+OLDEST   := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+VENV_OLD := .venv-oldest
+OLD_TESTS := tests/unit/cache tests/unit/attention/test_states.py tests/unit/attention/test_tiles.py tests/integration
+# These need the harness, or install packages in environments of their own: nothing that transformers' version changes.
+OLD_LEFT := $(patsubst %,--ignore tests/integration/test_%.py,lm_eval new_plugin_project plugins_page stranger)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types arrows docs bench clean
+.PHONY: help demo test test-oldest lint format types arrows docs bench clean
 
 help:     ## Show this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvquant needs Python 3.11 or later; set PYTHON=...")'
@@ -31,6 +38,18 @@ demo: $(VENV)/.run     ## Generate text with a quantised cache, beside the full-
 
 test: $(VENV)/.dev     ## Run the tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+$(VENV_OLD)/.test: $(INPUTS)
+	@echo "Installing kvquant into $(VENV_OLD), with transformers $(OLDEST) ..."
+	$(PYTHON) -m venv $(VENV_OLD)
+	@{ grep -vE '^(transformers|huggingface_hub)==' .ci/constraints.txt; echo transformers==$(OLDEST); } \
+		> $(VENV_OLD)/constraints.txt
+	$(VENV_OLD)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint $(VENV_OLD)/constraints.txt --editable '.[test]'
+	@touch $@
+
+test-oldest: $(VENV_OLD)/.test ## Run the tests that concern transformers with the oldest one allowed
+	$(VENV_OLD)/bin/python -m pytest --numprocesses auto --dist loadfile $(OLD_LEFT) $(OLD_TESTS) $(ARGS)
 
 lint: $(VENV)/.dev     ## Check style and format
 	$(BIN)/ruff check .
@@ -53,4 +72,4 @@ bench: $(VENV)/.dev    ## Time the caches side by side
 	$(BIN)/kvquant bench $(ARGS)
 
 clean:    ## Remove what was built
-	rm -rf $(VENV) build dist site .*_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLD) build dist site .*_cache .hypothesis

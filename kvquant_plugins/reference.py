@@ -1,4 +1,4 @@
-"""The reference backend: asymmetric min/max quantisation in plain torch.
+"""The reference backend: asymmetric affine quantisation in plain torch.
 
 Each row takes the ``2**nbits`` evenly spaced levels between its smallest and its largest number::
 
@@ -6,6 +6,9 @@ Each row takes the ``2**nbits`` evenly spaced levels between its smallest and it
 
 which is the group quantisation of KIVI (Liu et al. 2024, https://arxiv.org/abs/2402.02750, section 3). Every number
 comes back within half a step, ``scale / 2``, up to rounding in the floating type of `scale`.
+
+With the option ``scale="error"`` the levels lie where the squared error of the row is small instead; see
+`_least_error`. Few numbers are near the ends of a row's range, and the fewer the bits, the more that range costs.
 """
 
 from __future__ import annotations
@@ -18,16 +21,36 @@ from kvquant.plugin import BackendSpec, Capabilities, QuantizedRows, Scheme, hoo
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Shares of a row's range that the search begins with: all of it, and about what is best for normal numbers at 2 bits.
+_STARTS = (1.0, 0.7)
+#: Rounds of the search from each. A round more lowers the error of normal numbers by some 2 % at 2 bits.
+_ROUNDS = 2
+#: Numbers that are searched at once: what is made of them along the way stays in a processor's cache.
+_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class ReferenceQuantizer:
-    """Min/max quantisation of each row. Keeps nothing between calls.
+    """Affine quantisation of each row. Keeps nothing between calls.
 
     Attributes:
-        scheme: bits and group size; the axis makes no difference to a row.
+        scheme: bits, group size and the option ``scale``; the axis makes no difference to a row.
     """
 
     scheme: Scheme
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: ``scale`` is neither "range" nor "error".
+        """
+        if self._scale not in ("range", "error"):
+            raise ValueError(f"scale={self._scale!r} cannot work: expected 'range' or 'error'")
+
+    @property
+    def _scale(self) -> object:
+        return self.scheme.options.get("scale", "range")
 
     def quantize(self, rows: Tensor) -> QuantizedRows:
         """Quantise each row to ``codes * scale + offset``.
@@ -59,7 +82,17 @@ class ReferenceQuantizer:
         scale = scale.where(scale >= limits.tiny, 0)
         step = scale.where(scale > 0, 1)
 
-        codes = numbers.sub(low).div_(step).round_().clamp_(0, levels)
+        codes = numbers.sub(low).div_(step)
+        if self._scale == "error":
+            unit = codes.div_(levels).clamp_(0, 1)
+            parts = [_least_error(part, levels) for part in unit.split(max(1, _AT_ONCE // unit.shape[1]))]
+            unit_scale, unit_offset = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
+            codes = _nearest(unit, unit_scale, unit_offset, levels)
+            # Rows that reach to the end of the type may have levels beyond it.
+            low = low.addcmul_(unit_offset * levels, scale).clamp_(limits.min, limits.max)
+            scale = scale.mul_(unit_scale * levels).clamp_(max=limits.max / levels * (1 - 1e-6))
+        else:
+            codes = codes.round_().clamp_(0, levels)
         return QuantizedRows(
             # torch converts float to int16 and int16 to uint8 in vector instructions, and float to uint8 without:
             # the detour is three times faster.
@@ -67,6 +100,56 @@ class ReferenceQuantizer:
             scale=scale.squeeze(1),
             offset=low.squeeze(1),
         )
+
+
+def _least_error(unit: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Return the scale and offset that leave a row little squared error, never more than its range leaves.
+
+    Two steps in turn, neither of which can raise the error (Lloyd 1982, "Least squares quantization in PCM",
+    https://doi.org/10.1109/TIT.1982.1056489, method I, for levels that are evenly spaced): every number takes the
+    nearest level, and scale and offset are those of the regression of the numbers on their codes::
+
+        scale = cov(codes, x) / var(codes)      offset = mean(x) - scale * mean(codes)
+
+    A row's result does not depend on where in the call the row stands: sums are of integers that float32 holds, or in
+    float64.
+
+    Args:
+        unit: floating ``[n_groups, group_size]``, rows from 0 to 1.
+        levels: the largest code.
+
+    Returns:
+        Scale and offset in the type of `unit`, ``[n_groups, 1]`` each.
+    """
+    import torch
+
+    count = unit.shape[1]
+    exact = torch.float64 if levels**2 * count >= 1 << 24 else unit.dtype
+    mean = unit.mean(dim=1, keepdim=True, dtype=torch.float64)
+    best_scale = best_offset = torch.zeros_like(unit[:, :1])
+    most = torch.full_like(mean, -1)
+    for share in _STARTS:
+        scale = torch.full_like(best_scale, share / levels)
+        offset = torch.full_like(scale, (1 - share) / 2)
+        explained = most
+        for _ in range(_ROUNDS):
+            codes = _nearest(unit, scale, offset, levels)
+            total = codes.sum(dim=1, keepdim=True, dtype=exact).double()
+            squares = codes.square().sum(dim=1, keepdim=True, dtype=exact).double()
+            products = codes.mul_(unit).sum(dim=1, keepdim=True, dtype=torch.float64)
+            spread, common = squares - total * total / count, products - total * mean
+            slope = torch.where(spread > 0, common / spread.clamp(min=0.5), 0)
+            explained = slope * common  # of the row's squared distance from its mean; what remains is the error
+            scale, offset = slope.to(unit.dtype), (mean - slope * total / count).to(unit.dtype)
+        better = explained > most
+        most = torch.where(better, explained, most)
+        best_scale, best_offset = scale.where(better, best_scale), offset.where(better, best_offset)
+    return best_scale, best_offset
+
+
+def _nearest(unit: Tensor, scale: Tensor, offset: Tensor, levels: int) -> Tensor:
+    """Return the codes of the nearest levels, in the type of `unit`."""
+    return unit.sub(offset).div_(scale.where(scale > 0, 1)).round_().clamp_(0, levels)
 
 
 @hookimpl
@@ -79,6 +162,7 @@ def kvquant_register_backends() -> list[BackendSpec]:
             capabilities=Capabilities(
                 nbits=(1, 2, 3, 4, 8),
                 dtypes=("float32", "float16", "bfloat16", "float64"),
+                options={"scale": "range (smallest to largest number; the default) or error (least squared error)"},
             ),
             summary="Asymmetric min/max quantisation in plain torch (as in KIVI); needs nothing installed",
             url="https://arxiv.org/abs/2402.02750",

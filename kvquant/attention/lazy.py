@@ -145,8 +145,9 @@ def can_attend(
         return False
     if key.unfolded or value.unfolded or key.shape[2] != value.shape[2]:
         return False
-    heads_fit = query.shape[1] == key.shape[1] == value.shape[1] or (
-        gqa and key.shape[1] == value.shape[1] and query.shape[1] % key.shape[1] == 0
+    # One head is for all query heads without `gqa`, too: torch broadcasts it. Falcon relies on that.
+    heads_fit = key.shape[1] == value.shape[1] and (
+        query.shape[1] == key.shape[1] or ((gqa or key.shape[1] == 1) and query.shape[1] % key.shape[1] == 0)
     )
     mask_fits = mask is None or (
         2 <= mask.dim() <= 4

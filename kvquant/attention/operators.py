@@ -45,7 +45,7 @@ class Held(Protocol):
     def __len__(self) -> int:
         """Return the tokens held."""
 
-    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Append states ``[batch, kv_heads, tokens, head_dim]``, or raise and change nothing."""
 
 
@@ -85,7 +85,7 @@ def _in_step(handle: Tensor, length: Tensor) -> Any:
 
 
 def _append(key_states: Tensor, value_states: Tensor, handle: Tensor, length: Tensor) -> None:
-    _layer(handle).store(key_states, value_states)
+    _layer(handle).append(key_states, value_states)
     length.add_(key_states.shape[2])
 
 

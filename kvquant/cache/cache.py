@@ -13,11 +13,11 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from kvquant.attention.dispatch import kernel_for
-from kvquant.cache.compat import dynamic_layers, head_dim, is_full_attention, sliding_window, static_layers
+from kvquant.cache.compat import head_dim, is_full_attention, quantizable_layers, sliding_window
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
-from kvquant.cache.static import StaticQuantizedLayer, full_attention_layer
+from kvquant.cache.static import TracedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
 from kvquant.engine.options import parse_layers
@@ -159,8 +159,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         self.config = config
         self.token_ids: Tensor | None = None
         check_device(config)
-        fixed = config.max_cache_len
-        templates = dynamic_layers(model_config) if fixed is None else static_layers(model_config, fixed)
+        templates = quantizable_layers(model_config, config.max_cache_len)
         if not templates:
             layer_settings(config)  # refuse now what can be told to be impossible for every layer
             for index in {index for key in config.layers for index in parse_layers(key)}:
@@ -178,6 +177,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
+        _check_updated_once(self.layers)
         if torch.compiler.is_compiling() and fixed is not None:  # what outlives a graph cannot be made in it
             raise UnsupportedError(_WITHOUT_CONFIG, [_NO_LAYERS], "a compiled prefill")
         if self.config.skips(index):
@@ -270,7 +270,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         for index in ahead:
             self.layers[index].crop(shortest - lengths[index])
         for layer in self.layers:
-            if isinstance(layer, StaticQuantizedLayer):
+            if isinstance(layer, TracedLayer):
                 layer.synchronise()
         return longest - shortest
 
@@ -324,6 +324,22 @@ def _quantized(template: object, config: CacheConfig, index: int, channels: int 
     layer = full_attention_layer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
     key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
     return layer if layer.policy(key_scheme, value_scheme).pays else None
+
+
+def _check_updated_once(layers: list[Any]) -> None:
+    """Refuse another layer where the one before has been updated more than once since it was made, just before.
+
+    Raises:
+        UnsupportedError: it has, as decoders do that attend to an encoder and find only one cache.
+    """
+    last = layers[-1] if layers else None
+    if isinstance(last, QuantizedLayer) and last.is_initialized and last.stores[0].version > 1:
+        reasons = [
+            f"{last.where} was updated more than once before the next layer was at all, so its states may be mixed up",
+            "for encoder-decoder models use kvquant.QuantizedEncoderDecoderCache(config=model.config, ...)",
+            "after a forward pass that failed half-way call reset()",
+        ]
+        raise UnsupportedError("this cache", reasons)
 
 
 def _attention(layers: list[Any]) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig, StaticCache
+import transformers
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, StaticCache, cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -12,22 +16,105 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     StaticLayer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kvquant.errors import UnsupportedError
+
+#: What transformers' own quantised layers have in common: a class of its own since there is one for FP8 (5.21).
+OWN_QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+#: Its layers that append what they are given and quantise by what they have seen before, whatever comes with it.
+APPENDING_LAYERS: tuple[type, ...] = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    *([cache_utils.Fp8QuantizedLayer] if hasattr(cache_utils, "Fp8QuantizedLayer") else []),
+)
 
 #: Config attributes of latent attention, whose `head_dim` is not that of the cached states.
 _LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim")
+
+#: Config attributes of heads that are not as wide as others: those of some layers, or of values.
+_OTHER_HEADS = ("global_head_dim", "swa_head_dim", "v_head_dim")
+
+#: Models whose `generate` makes the cross-attention cache anew, knowing nothing of it but its class.
+_REMAKES_CROSS_ATTENTION = ("t5gemma", "t5gemma2")
 
 
 def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:
     """Return the layers that transformers' own dynamic cache has for a model; empty when there is no config.
 
     Asking the cache itself follows every model and every version, where reading the config would have to know them.
+
+    Raises:
+        UnsupportedError: this transformers has no dynamic cache for the model.
     """
-    return [] if config is None else list(DynamicCache(config=config).layers)
+    if config is None:
+        return []
+    try:
+        return list(DynamicCache(config=config).layers)
+    except KeyError as cause:
+        reason = f"transformers {transformers.__version__} has no cache for layers of type {cause}"
+        raise _unsupported(config, reason, "a newer one may have") from cause
 
 
-def static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list[object]:
-    """Return the layers that transformers' own cache of fixed size has for a model; empty when there is no config."""
-    return [] if config is None else list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
+def quantizable_layers(config: PreTrainedConfig | None, max_cache_len: int | None = None) -> list[object]:
+    """Return what `dynamic_layers` does, for a model of which some layers can be quantised.
+
+    Args:
+        config: the model's.
+        max_cache_len: with it, the layers are those of transformers' own cache of fixed size.
+
+    Raises:
+        UnsupportedError: there are none, or the model takes no cache of this kind; says what to use.
+    """
+    if config is None:
+        return []
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder, whose two attentions need a cache each"
+        raise _unsupported(config, reason, "use kvquant.QuantizedEncoderDecoderCache(config=model.config, ...)")
+    text = config.get_text_config(decoder=True)
+    if not _takes_dynamic_cache(text):
+        reason = f"its layers ({_layer_types(text, [])}) are cached by a class of its own, and it takes no other"
+        raise _unsupported(config, reason, "generate without past_key_values, and it makes its own")
+    layers = dynamic_layers(config)
+    if not any(is_full_attention(layer) or sliding_window(layer) is not None for layer in layers):
+        reason = f"none of its layers ({_layer_types(text, layers)}) holds keys and values alone, to be quantised"
+        raise _unsupported(config, reason, "use transformers' DynamicCache(config=model.config)")
+    return layers if max_cache_len is None else _static_layers(config, max_cache_len)
+
+
+def _takes_dynamic_cache(config: PreTrainedConfig) -> bool:
+    """Whether transformers says that a model takes its dynamic cache, which it tells by the name of the class."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    asked: Any = GenerationMixin._supports_default_dynamic_cache
+    return bool(asked.__func__(SimpleNamespace(__name__=name)))
+
+
+def _layer_types(config: PreTrainedConfig, layers: list[object]) -> str:
+    named = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in layers]
+    return ", ".join(f"{count} of type {name}" for name, count in Counter(named).items()) or "of unknown types"
+
+
+def _unsupported(config: PreTrainedConfig, *reasons: str) -> UnsupportedError:
+    return UnsupportedError("a quantised cache", reasons, f"{config.model_type} models")
+
+
+def _static_layers(config: PreTrainedConfig, max_cache_len: int) -> list[object]:
+    """Return the layers that transformers' own cache of fixed size has for a model.
+
+    Raises:
+        UnsupportedError: it has none for it, or none that would be quantised.
+    """
+    try:
+        layers = list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
+    except KeyError as cause:
+        reason = f"transformers {transformers.__version__} has no cache of fixed size for layers of type {cause}"
+        raise _unsupported(config, reason, "leave max_cache_len out") from cause
+    if not any(map(is_full_attention, layers)):
+        types = _layer_types(config.get_text_config(decoder=True), layers)
+        reason = f"with max_cache_len full attention alone is quantised, and its layers are {types}"
+        raise _unsupported(config, reason, "leave max_cache_len out, or use transformers' StaticCache")
+    return layers
 
 
 def is_full_attention(layer: object) -> bool:
@@ -51,7 +138,17 @@ def layer_classes() -> dict[str, type]:
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return what the decoder of an encoder-decoder model would say of itself if it stood alone."""
+    """Return what the decoder of an encoder-decoder model would say of itself if it stood alone.
+
+    Raises:
+        UnsupportedError: it is no such model, or it puts another cache in the place of the one that it is given.
+    """
+    if not (config.is_encoder_decoder or getattr(config, "add_cross_attention", False)):
+        reason = "it has no encoder whose states could be cached"
+        raise _unsupported(config, reason, "use kvquant.QuantizedCache(config=model.config, ...)")
+    if config.model_type in _REMAKES_CROSS_ATTENTION:
+        reason = "its generate() makes the cache of the encoder's states anew, without the options of this one"
+        raise _unsupported(config, reason, "generate without past_key_values")
     decoder = copy.copy(config.get_text_config(decoder=True))
     if getattr(decoder, "num_decoder_layers", None) is not None:
         decoder.num_hidden_layers = decoder.num_decoder_layers  # T5 and its kin, whose other number is the encoder's
@@ -69,6 +166,8 @@ def head_dim(config: PreTrainedConfig | None) -> int | None:
     if any(getattr(text, name, None) is not None for name in _LATENT_ATTENTION):
         return None
     stated = getattr(text, "head_dim", None)
+    if any(getattr(text, name, None) not in (None, stated) for name in _OTHER_HEADS):
+        return None
     if stated is not None:
         return int(stated)
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)

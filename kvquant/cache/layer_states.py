@@ -17,7 +17,7 @@ from torch import Tensor
 from kvquant.cache.compat import layer_classes
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
-from kvquant.cache.static import StaticQuantizedLayer, full_attention_layer
+from kvquant.cache.static import TracedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.store import empty_states
@@ -140,7 +140,7 @@ def restore(layer: QuantizedLayer, saved: Saved) -> None:
         store.show_from(freed + hidden, free=False)
     if slides and (unseen := layer.get_mask_sizes(0)[1]) < freed + hidden:
         raise saved.misfit(f"has {freed + hidden} tokens out of view, and the next token sees all but {unseen}")
-    if isinstance(layer, StaticQuantizedLayer):
+    if isinstance(layer, TracedLayer):
         layer.synchronise()
     keys, values = ((store.batch, store.kv_heads, len(store.body), len(store)) for store in layer.stores)
     if keys != values:

@@ -1,6 +1,6 @@
-"""A layer of fixed size, for `torch.compile`: no shape changes from one step to the next.
+"""Layers for `torch.compile`: no shape changes from one step to the next.
 
-What it does is what `QuantizedLayer` does. It hands out states of the shape of a full cache (`StaticStates`), and its
+What they do is what `QuantizedLayer` does. They hand out states of the shape of a full cache (`StaticStates`), and an
 update is an operator of `kvquant.attention.operators`, which a graph calls without looking inside.
 """
 
@@ -22,8 +22,70 @@ from kvquant.errors import CacheFullError
 from kvquant.plugin.spec import Scheme
 
 
-class StaticQuantizedLayer(QuantizedLayer):
-    """A layer with room for so many tokens and no more.
+class TracedLayer(QuantizedLayer):
+    """A layer that `torch.compile` can trace past: operators know it, and its tokens are counted in a tensor."""
+
+    def __init__(self, config: CacheConfig, index: int, settings: LayerSettings | None = None) -> None:
+        """Make an empty layer; see `QuantizedLayer`."""
+        super().__init__(config, index, settings)
+        self._register()
+
+    def _register(self) -> None:
+        """Have operators know the layer. Its copies are others."""
+        with _own_tensors():
+            self._handle = operators.register(self)
+            self._length = torch.tensor(0)
+        self.synchronise()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedLayer:
+        layer: TracedLayer = super().__deepcopy__(memo)
+        layer._register()
+        return layer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def synchronise(self) -> None:
+        """Note the tokens held where graphs read them: after every change but an append, which does so itself."""
+        self._length.fill_(len(self))
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append states without handing anything out; what `operators.append` does."""
+        self._check_assigned()
+        self._check_states(key_states, value_states)
+        with _own_tensors():
+            stores = self._stores or self._new_stores(key_states, value_states)
+            self._append(stores, key_states, value_states)
+            self._stores = stores
+
+    def _handed_out_static(self, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Append states, and return keys and values as `StaticStates` of `tokens` tokens; torch traces this."""
+        keys, values = key_states.detach(), value_states.detach()
+        operators.append(keys, values, self._handle, self._length)
+        version = None if torch.compiler.is_compiling() else self._stores["key"].version
+        return (
+            static_states(keys, self._handle, self._length, version, "key", tokens),
+            static_states(values, self._handle, self._length, version, "value", tokens),
+        )
+
+    def _assign(self, stream: str, states: Tensor) -> None:
+        super()._assign(stream, states)
+        self.synchronise()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens, see `QuantizedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self.synchronise()
+
+    def reset(self) -> None:
+        """Forget everything; the next states may have another shape."""
+        super().reset()
+        self.synchronise()
+
+
+class StaticQuantizedLayer(TracedLayer):
+    """A layer with room for so many tokens and no more; the room is made at once, and kept until `reset`.
 
     Attributes:
         max_cache_len: the most tokens that it holds.
@@ -33,32 +95,13 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def __init__(self, config: CacheConfig, index: int, settings: LayerSettings | None = None) -> None:
         """Make an empty layer; `config` has a `max_cache_len`."""
+        if config.max_cache_len is None:
+            raise ValueError("a layer of fixed size needs a max_cache_len")
+        self.max_cache_len = config.max_cache_len
         super().__init__(config, index, settings)
-        assert config.max_cache_len is not None  # noqa: S101  # for type checkers
-        self.max_cache_len: int = config.max_cache_len
-        self._register()
-
-    def _register(self) -> None:
-        """Have operators know the layer. Its copies are others."""
-        with _own_tensors():
-            self._handle = operators.register(self)
-            self._length = torch.tensor(len(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StaticQuantizedLayer:
-        layer: StaticQuantizedLayer = super().__deepcopy__(memo)
-        layer._register()
-        return layer
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._register()
-
-    def synchronise(self) -> None:
-        """Note the tokens held where graphs read them: after every change but an update, which does so itself."""
-        self._length.fill_(len(self))
 
     def policy(self, key_scheme: Scheme, value_scheme: Scheme) -> WindowPolicy:
-        """Return what decides which tokens are quantised: all room that they need is made at once."""
+        """Return what decides which tokens are quantised, and how much room is made for them, for these schemes."""
         return dataclasses.replace(super().policy(key_scheme, value_scheme), most=self.max_cache_len)
 
     # -------------------------------------------------------------------------------------------- updating
@@ -77,23 +120,13 @@ class StaticQuantizedLayer(QuantizedLayer):
             CacheFullError: there is no room for them. Nothing was stored.
             StatesError, QuantizationError, BackendContractError, PendingAssignmentError: as in `QuantizedLayer`.
         """
-        keys, values = key_states.detach(), value_states.detach()
-        operators.append(keys, values, self._handle, self._length)
-        version = None if torch.compiler.is_compiling() else self._stores["key"].version
-        return (
-            static_states(keys, self._handle, self._length, version, "key", self.max_cache_len),
-            static_states(values, self._handle, self._length, version, "value", self.max_cache_len),
-        )
+        return self._handed_out_static(key_states, value_states, self.max_cache_len)
 
-    def store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Append states without handing anything out; what `operators.append` does."""
-        self._check_assigned()
-        self._check_states(key_states, value_states)
-        self._check_room(len(self), key_states.shape[2])
-        with _own_tensors():
-            stores = self._stores or self._new_stores(key_states, value_states)
-            self._append(stores, key_states, value_states)
-            self._stores = stores
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append states where there is room for them."""
+        if key_states.dim() == 4:
+            self._check_room(len(self), key_states.shape[2])
+        super().append(key_states, value_states)
 
     def _check_room(self, held: int, added: int) -> None:
         if held + added > self.max_cache_len:
@@ -103,19 +136,6 @@ class StaticQuantizedLayer(QuantizedLayer):
         if isinstance(states, Tensor) and states.dim() == 4:
             self._check_room(0, states.shape[2])
         super()._assign(stream, states)
-        self.synchronise()
-
-    # -------------------------------------------------------------------------------------------- other changes
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens, see `QuantizedLayer.crop`; the room that they took is kept."""
-        super().crop(tokens_to_remove)
-        self.synchronise()
-
-    def reset(self) -> None:
-        """Forget everything and give the room back; the next states may have another batch size."""
-        super().reset()
-        self.synchronise()
 
     # -------------------------------------------------------------------------------------------- sizes
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers import QuantizedCache as TransformersQuantizedCache
-from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.compat import OWN_QUANTIZED_LAYER
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig
 from kvquant.engine.options import ALIASES, rename_options
@@ -288,7 +289,7 @@ def body_bits(cache: Cache) -> float | None:
         return cache.bits_per_element
     held = quantized = 0
     for layer in cache.layers:
-        if isinstance(layer, BaseQuantizedLayer) and layer._quantized_keys is not None:
+        if isinstance(layer, OWN_QUANTIZED_LAYER) and layer._quantized_keys is not None:
             pair = (layer._quantized_keys, layer._quantized_values)
             held += held_bytes(*pair)
             quantized += sum(layer._dequantize(states).numel() for states in pair)
@@ -301,7 +302,7 @@ def held_states(layer: CacheLayerMixin) -> tuple[Any, Any]:
     Returns:
         Two tensors ``[batch, kv_heads, tokens, head_dim]``.
     """
-    if isinstance(layer, BaseQuantizedLayer):
+    if isinstance(layer, OWN_QUANTIZED_LAYER):
         import torch
 
         pairs = ((layer._quantized_keys, layer.keys), (layer._quantized_values, layer.values))
@@ -316,4 +317,4 @@ def held_states(layer: CacheLayerMixin) -> tuple[Any, Any]:
 
 def is_quantized(layer: Any) -> bool:
     """Whether a layer of a cache quantises."""
-    return isinstance(layer, (QuantizedLayer, BaseQuantizedLayer))
+    return isinstance(layer, (QuantizedLayer, OWN_QUANTIZED_LAYER))

@@ -23,22 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import (
-    BaseQuantizedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    Fp8QuantizedLayer,
-)
 from transformers.cache_utils import QuantizedLayer as TransformersQuantizedLayer
 
+from kvquant.cache.compat import APPENDING_LAYERS, OWN_QUANTIZED_LAYER
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.evaluation.candidates import held_states, is_quantized
 
 #: Tokens in one pass at most, which bounds the memory of their logits.
 MOST_AT_ONCE = 128
-
-#: Layers that append what they are given and quantise by what they have seen before, whatever comes with it.
-_APPENDING = (DynamicLayer, DynamicSlidingWindowLayer, Fp8QuantizedLayer)
 
 
 class Prefill:
@@ -94,7 +86,7 @@ class Prefill:
 
 def _hands_back(layer: Any) -> bool:
     """Whether a layer returns the states of its first update as they are, so that attention is not the cache's."""
-    return isinstance(layer, (QuantizedLayer, BaseQuantizedLayer)) or type(layer) in _APPENDING
+    return isinstance(layer, (QuantizedLayer, OWN_QUANTIZED_LAYER)) or type(layer) in APPENDING_LAYERS
 
 
 def alike(cache: Cache, most: int) -> int:
@@ -118,10 +110,11 @@ def _alike(layer: Any, most: int) -> int:
             tokens += 1
         return tokens
     if isinstance(layer, TransformersQuantizedLayer):
-        # Its flush comes after attention, when the window is full with the new tokens: that one may be the last.
+        # Its flush comes after attention, when the window is full with the new token. That one comes alone: older
+        # versions of transformers count one token whatever comes.
         waiting = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
-        return min(most, max(1, int(layer.residual_length) - waiting))
-    return most if type(layer) in _APPENDING else 1
+        return min(most, max(1, int(layer.residual_length) - 1 - waiting))
+    return most if type(layer) in APPENDING_LAYERS else 1
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from kvquant.testing.checks import CHECKS
 #: Backend, options and the widths that they go with; None for all.
 CONFIGURATIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...] = (
     ("reference", {}, None),
+    ("reference", {"scale": "error"}, None),
     ("hqq", {}, None),
     ("hqq", {"optimize": False}, None),
     ("quanto", {}, None),

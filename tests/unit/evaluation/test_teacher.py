@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.pages import CanonicalPage
 from kvquant.evaluation import teacher
-from kvquant.evaluation.candidates import held_states, parse_candidates
+from kvquant.evaluation.candidates import held_states, is_quantized, parse_candidates
 from kvquant.evaluation.loading import load_model
 from kvquant.evaluation.teacher import Prefill, alike, forced_logits, one_pass_logits
 from tests.support import SMALL_MODEL
@@ -174,6 +174,22 @@ def test_float32_differs_by_rounding_alone():
     assert difference.median() < 1e-5
 
 
+#: A cache that quantises windows of 100 tokens.
+SLIDING = "reference:3:residual_length=20:group_size_key=16"
+
+
+def test_a_quantised_window_sees_the_same_however_its_tokens_come():
+    """What comes out of view with the tokens before is not seen with those that come at once."""
+    model, ids = small(sliding_window=100), text(300)
+    candidate = parse_candidates(SLIDING, {"group_size": 16})[1]
+    slow, quick = candidate.make(model.config), candidate.make(model.config)
+    assert is_quantized(slow.layers[0])
+    one_by_one, _ = fed(model, slow, ids, 150, one_by_one=True)
+    at_once, passes = fed(model, quick, ids, 150)
+    torch.testing.assert_close(one_by_one, at_once, rtol=1e-9, atol=1e-9)
+    assert len(passes) < 50
+
+
 def test_sliding_windows_and_memory_bound():
     """Layers that transformers keeps itself take any number of tokens; no pass has more than the bound."""
     model, ids = small(sliding_window=24), text(200)
@@ -187,7 +203,7 @@ def test_sliding_windows_and_memory_bound():
 
 @pytest.mark.parametrize(
     ("written", "sliding_window"),
-    [*((written, None) for written in CACHES[:4]), ("hqq:2", None), ("reference:2", 24), ("full", 24)]
+    [*((written, None) for written in CACHES[:4]), ("hqq:2", None), ("reference:2", 24), ("full", 24), (SLIDING, 100)]
     + [(f"transformers:{written}", None) for written in ("quanto:4", "hqq:2", "fp8")],
 )
 def test_one_prefill_fills_many_caches(written, sliding_window):

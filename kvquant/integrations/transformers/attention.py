@@ -1,11 +1,4 @@
-"""kvquant inside transformers: what `install()` adds to it, and `uninstall()` takes away again.
-
-The attention ``"kvquant"``, for models whose attention torch's `scaled_dot_product_attention` cannot express:
-
-    import kvquant.integrations.transformers as integration
-
-    integration.install()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvquant")
+"""The attention ``"kvquant"``, for models whose attention torch's `scaled_dot_product_attention` cannot express.
 
 `attn_implementation="sdpa"` is all that most models need. To those that soft-cap their scores (Gemma 2) or learn
 attention sinks (gpt-oss) transformers offers ``eager``, which writes all scores to memory and dequantises the whole
@@ -96,13 +89,13 @@ def _numbers(states: Tensor) -> Tensor:
     return states.dequantize() if isinstance(states, LazyStates) else states
 
 
-def install() -> None:
+def register() -> None:
     """Make the attention known to transformers, with the masks of ``sdpa``. Doing so again changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def uninstall() -> None:
-    """Leave transformers as if `install` had never been called."""
+def unregister() -> None:
+    """Leave transformers as if the attention had never been registered."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(NAME, None)

@@ -1,0 +1,1 @@
+"""What works with a quantised cache, found out by running it."""
