@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             return self.config.max_cache_len, 0
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         return length, offset
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Yield keys, values and sliding window of each layer, dequantised, as a `DynamicCache` does.
+
+        So ``DynamicCache(cache)`` has the same states in full precision. Layers without keys give None.
+        """
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            yield keys, values, None if window is None else torch.tensor(window)
 
     # -------------------------------------------------------------------------------------------- changes
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import transformers
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, StaticCache, cache_utils
+from packaging.version import Version
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+    cache_utils,
+)
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -38,6 +48,18 @@ _OTHER_HEADS = ("global_head_dim", "swa_head_dim", "v_head_dim")
 
 #: Models whose `generate` makes the cross-attention cache anew, knowing nothing of it but its class.
 _REMAKES_CROSS_ATTENTION = ("t5gemma", "t5gemma2")
+
+
+#: transformers' argument for a cache has another name since 5.24.
+_RENAMED = Version(transformers.__version__).release >= (5, 24)
+
+
+def given(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """Return a cache as the argument by which a model's forward pass, and its `generate`, take it."""
+    names = inspect.signature(model.forward).parameters
+    if "cache" in names or "past_key_values" in names:
+        return {"cache" if "cache" in names else "past_key_values": cache}
+    return {"cache" if _RENAMED else "past_key_values": cache}  # a model inside another one, with any arguments
 
 
 def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:

@@ -20,10 +20,8 @@ def describe(header: Header) -> dict[str, Any]:
     saved = Saved(dict(header.description), {})
     entries = {entry.name: entry for entry in header.entries}
     try:
-        layers = [
-            _layer(index, part, _within(f"layers.{index}.", entries))
-            for index, part in enumerate(saved.parts("layers", _MOST_LAYERS))
-        ]
+        layers = _layers("layers", saved, entries)
+        cross = _layers("cross", saved, entries) if "cross" in saved else None
         versions = dict(saved.mapping("versions"))
         model = None if saved.value("model") is None else dict(saved.mapping("model"))
         config = dict(saved.mapping("config"))
@@ -41,7 +39,13 @@ def describe(header: Header) -> dict[str, Any]:
         "tokens": max((layer["tokens"] for layer in layers), default=0),
         "quantized_tokens": max((layer["quantized_tokens"] for layer in layers), default=0),
         "layers": layers,
+        "cross": cross,  # the layers of an encoder's states; None for a model without encoder
     }
+
+
+def _layers(name: str, saved: Saved, entries: dict[str, Entry]) -> list[dict[str, Any]]:
+    parts = saved.parts(name, _MOST_LAYERS)
+    return [_layer(index, part, _within(f"{name}.{index}.", entries)) for index, part in enumerate(parts)]
 
 
 def _within(prefix: str, entries: dict[str, Entry]) -> dict[str, Entry]:

@@ -42,19 +42,21 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, text in _rows(facts):
         table.add_row(name, escape(clean(text)))
-    layers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("layers", "kind", "tokens", "quantised", "bytes"):
-        layers.add_column(heading, justify="left" if heading == "kind" else "right")
-    for first, last, layer in _runs(facts["layers"]):
-        numbers = f"{first}" if first == last else f"{first}-{last}"
-        layers.add_row(
-            numbers,
-            escape(clean(layer["kind"])),
-            *(f"{layer[key]}" for key in ("tokens", "quantized_tokens", "nbytes")),
-        )
     out = console(pipe_width=120)
     out.print(table)
-    if facts["layers"]:
+    for title, part in (("layers", facts["layers"]), ("encoder's states", facts["cross"])):
+        if not part:
+            continue
+        layers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in (title, "kind", "tokens", "quantised", "bytes"):
+            layers.add_column(heading, justify="left" if heading == "kind" else "right")
+        for first, last, layer in _runs(part):
+            numbers = f"{first}" if first == last else f"{first}-{last}"
+            layers.add_row(
+                numbers,
+                escape(clean(layer["kind"])),
+                *(f"{layer[key]}" for key in ("tokens", "quantized_tokens", "nbytes")),
+            )
         out.print(layers)
 
 

@@ -100,8 +100,10 @@ def _feed(model: Any, cache: Any, ids: list[int], chunk: int, progress: Any) -> 
     """Run tokens through the model, `chunk` at a time; only the last logits are computed."""
     import torch
 
+    from kvquant.cache.compat import given
+
     tokens = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         for part in tokens.split(chunk, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(part, use_cache=True, logits_to_keep=1, **given(model, cache))
             progress(part.shape[1])

@@ -20,17 +20,20 @@ def verify(file: Path, model: str | None, as_json: bool) -> None:
     """
     from kvquant.cache.cache import QuantizedCache
     from kvquant.cache.describe import describe
+    from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
     from kvquant.cache.header import read_header
     from kvquant.cli.eval_options import results_only
-    from kvquant.evaluation.loading import DTYPES, load_model
+    from kvquant.evaluation.loading import DTYPES
+    from kvquant.evaluation.support.loading import load_any
 
     facts = describe(read_header(file))
     with results_only():
         loaded = None
         if model is not None:
             dtype = (facts["model"] or {}).get("dtype")
-            loaded = load_model(model, dtype=dtype if dtype in DTYPES else "auto").model
-        QuantizedCache.load(file, "cpu", model=loaded)
+            loaded = load_any(model, dtype=dtype if dtype in DTYPES else "auto")
+        kind = QuantizedCache if facts["cross"] is None else QuantizedEncoderDecoderCache
+        kind.load(file, "cpu", model=loaded)
     told: dict[str, Any] = {
         "path": str(file),
         "whole": True,

@@ -63,7 +63,7 @@ def _chosen(names: tuple[str, ...]) -> list[Family]:
     known = {family.name.lower(): family for family in FAMILIES}
     for name in names:
         if name.lower() not in known:
-            raise UnknownOptionError("family", name, [family.name for family in FAMILIES])
+            raise UnknownOptionError("family name", name, [family.name for family in FAMILIES])
     return [known[name.lower()] for name in names] or list(FAMILIES)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from kvquant.cache.compat import given
 from kvquant.demo import HELDOUT_FILE
 
 IntArray = npt.NDArray[np.int64]
@@ -244,7 +245,7 @@ def greedy(
 ) -> list[int]:
     """The ``count`` most likely next tokens, one after another, through ``model.generate``."""
     ids = torch.tensor([prompt], device=model.device)
-    cache = {} if cache_factory is None else {"past_key_values": cache_factory()}
+    cache = {} if cache_factory is None else given(model, cache_factory())
     with torch.no_grad():
         out = model.generate(
             ids,

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.compat import given
 from kvquant.engine.config import CacheConfig
 from kvquant.errors import OptionValueError
 from kvquant.evaluation.measure import held_bytes
@@ -171,7 +172,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, max_new_toke
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **given(model, cache),
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvquant.cache.compat import given
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.contenders import attention_of, cache_bytes, next_flush, read_bytes
 from kvquant.evaluation.measure import seconds, timed
@@ -262,7 +263,7 @@ class ModelSubject(Subject):
         """Return the shapes as a short run through the model shows them."""
         cache = DynamicCache(config=self.config)
         with torch.no_grad():
-            self.model(input_ids=self._token.expand(self.batch, 2), past_key_values=cache, use_cache=True)
+            self.model(input_ids=self._token.expand(self.batch, 2), use_cache=True, **given(self.model, cache))
         shapes = []
         for index, layer in enumerate(cache.layers):
             pair = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -298,7 +299,7 @@ class ModelSubject(Subject):
         return Prefill(whole, inside)
 
     def _forward(self, ids: Tensor, cache: Cache, **options: Any) -> None:
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        self.model(input_ids=ids, use_cache=True, **given(self.model, cache), **options)
 
 
 class _Layer(torch.nn.Module):

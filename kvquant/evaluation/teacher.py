@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer as TransformersQuantizedLayer
 
-from kvquant.cache.compat import APPENDING_LAYERS, OWN_QUANTIZED_LAYER
+from kvquant.cache.compat import APPENDING_LAYERS, OWN_QUANTIZED_LAYER, given
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.evaluation.candidates import held_states, is_quantized
 
@@ -74,7 +74,7 @@ class Prefill:
 
     def _run(self, cache: Cache) -> Tensor:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
-        out = self._model(input_ids=self.tokens, past_key_values=cache, use_cache=True, **last)
+        out = self._model(input_ids=self.tokens, use_cache=True, **given(self._model, cache), **last)
         logits: Tensor = out.logits[0, -1:]
         return logits
 
@@ -139,7 +139,7 @@ def forced_logits(
     at, end = first.tokens.shape[1], tokens.shape[1]
     while at < end:
         count = 1 if one_by_one else alike(cache, min(MOST_AT_ONCE, end - at))
-        yield model(input_ids=tokens[:, at : at + count], past_key_values=cache, use_cache=True).logits[0]
+        yield model(input_ids=tokens[:, at : at + count], use_cache=True, **given(model, cache)).logits[0]
         at += count
 
 
@@ -159,7 +159,7 @@ def one_pass_logits(model: PreTrainedModel, cache: Cache, tokens: Tensor, prefil
     for layer in cache.layers:
         if is_quantized(layer):
             layer.update = functools.partial(_update_and_read_back, layer, layer.update)
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[0, prefill:]
+    logits: Tensor = model(input_ids=tokens, use_cache=True, **given(model, cache)).logits[0, prefill:]
     return logits
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 import kvquant.integrations.transformers as integration
+from kvquant.cache.compat import given
 from kvquant.errors import MissingExtraError
 from kvquant.evaluation.support import tiny
 from kvquant.evaluation.support.modes import NEW_TOKENS
@@ -84,7 +85,7 @@ def _attention(caches: Caches) -> Tensor:
     with _installed():
         model.set_attn_implementation(integration.NAME)
         out: Tensor = model.generate(
-            **tiny.prompt(), past_key_values=caches.new(model.config), do_sample=False, max_new_tokens=NEW_TOKENS
+            **tiny.prompt(), **given(model, caches.new(model.config)), do_sample=False, max_new_tokens=NEW_TOKENS
         )
     return out
 
@@ -99,7 +100,7 @@ def _pruned(caches: Caches) -> Tensor:
     model = tiny.decoder()
     with torch.no_grad(), pressed(model, KnormPress(compression_ratio=0.2)):
         out: Tensor = model.generate(
-            **tiny.prompt(), past_key_values=caches.new(model.config), do_sample=False, max_new_tokens=NEW_TOKENS
+            **tiny.prompt(), **given(model, caches.new(model.config)), do_sample=False, max_new_tokens=NEW_TOKENS
         )
     return out
 

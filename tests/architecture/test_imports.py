@@ -84,6 +84,7 @@ def test_the_public_names():
 
     assert kvquant.__all__ == [
         "QuantizedCache",
+        "QuantizedEncoderDecoderCache",
         "CacheConfig",
         "list_backends",
         "get_backend",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvquant.cache.compat import given
 from kvquant.errors import OptionValueError
 from kvquant.evaluation.loading import LoadedModel
 from kvquant.evaluation.longbench.data import Row, TaskData
@@ -118,7 +119,7 @@ class Asker:
             found = self.loaded.model.generate(
                 prompt.ids,
                 attention_mask=torch.ones_like(prompt.ids),
-                past_key_values=cache,
+                **given(self.loaded.model, cache),
                 max_new_tokens=data.generated,
                 do_sample=False,
                 num_beams=1,

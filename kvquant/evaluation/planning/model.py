@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from kvquant.cache.cache import memory_of
-from kvquant.cache.compat import dynamic_layers
+from kvquant.cache.compat import dynamic_layers, given
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.contenders import one_line
 from kvquant.evaluation.loading import DTYPES
@@ -190,7 +190,7 @@ def _run(model: PreTrainedModel, batch: int, tokens: int) -> list[Any]:
     cache = DynamicCache(config=model.config)
     ids = torch.ones((batch, tokens), dtype=torch.int64, device=_META)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **given(model, cache))
     return list(cache.layers)
 
 

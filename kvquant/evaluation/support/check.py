@@ -30,7 +30,7 @@ from kvquant.registry import get_backend
 from kvquant.registry.guard import describe
 
 #: Tokens that are generated; more where there are no others in the decoder, so that some of them are quantised.
-NEW_TOKENS, WITHOUT_PROMPT = 8, 24
+NEW_TOKENS, WITHOUT_PROMPT = 6, 20
 
 #: How far logits may be from those of full precision while nothing is quantised: rounding alone.
 ROUNDING = 1e-4

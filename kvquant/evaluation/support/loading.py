@@ -51,7 +51,7 @@ def _class_for(config: PreTrainedConfig) -> Any:
     """Return the class that a config was saved with, or the first that makes text from what such a model reads."""
     for architecture in config.architectures or ():
         kind: Any = getattr(transformers, architecture, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate():
+        if hasattr(kind, "can_generate") and kind.can_generate():
             return kind
     for auto in _AUTO:
         if type(config) in auto._model_mapping:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, TextGenerationPipeline, TextIteratorStreamer
 
+from kvquant.cache.compat import given
 from kvquant.evaluation.support import tiny
 from kvquant.evaluation.support.runs import Caches, Mode
 
 #: Tokens that each mode generates.
-NEW_TOKENS = 16
+NEW_TOKENS = 10
 
 
 def _generate(caches: Caches, model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Tensor:
     """Return the tokens ``[rows, tokens]`` that `generate` gives with a new cache."""
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     out: Tensor = model.generate(
-        **inputs, past_key_values=caches.new(model.config), **{"do_sample": False, **length, **options}
+        **inputs, **given(model, caches.new(model.config)), **{"do_sample": False, **length, **options}
     )
     return out
 
@@ -47,7 +48,7 @@ def _conversation(caches: Caches) -> Tensor:
         said = torch.randint(4, 256, (1, 10), generator=torch.Generator().manual_seed(turn))
         ids = torch.cat([ids, said], dim=1)
         ids = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=6, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), **given(model, cache), max_new_tokens=6, do_sample=False
         )
     return ids
 
@@ -56,14 +57,14 @@ def _prefix(caches: Caches) -> Tensor:
     model, ids = tiny.decoder(), tiny.prompt()["input_ids"]
     prefilled = caches.new(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=prefilled)
+        model(ids, **given(model, prefilled))
     answers = []
     for question in range(3):
         asked = torch.cat([ids, torch.full((1, 4), 4 + question)], dim=1)
         cache = caches.seen(copy.deepcopy(prefilled))
         answers.append(
             model.generate(
-                asked, attention_mask=torch.ones_like(asked), past_key_values=cache, max_new_tokens=8, do_sample=False
+                asked, attention_mask=torch.ones_like(asked), **given(model, cache), max_new_tokens=8, do_sample=False
             )
         )
     return torch.cat(answers)
@@ -96,7 +97,7 @@ def _pipeline(caches: Caches) -> Tensor:
     run = TextGenerationPipeline(model=model, tokenizer=tokenizer)
     text = "The function returns the first element of the list. " * 12
     length = {"max_new_tokens": NEW_TOKENS, "max_length": None}
-    made = run(text, past_key_values=caches.new(model.config), do_sample=False, **length)
+    made = run(text, **given(model, caches.new(model.config)), do_sample=False, **length)
     return _codes(made[0]["generated_text"])
 
 
@@ -117,7 +118,7 @@ def _loop(caches: Caches, steps: int = NEW_TOKENS, **options: Any) -> Tensor:
     model, ids = tiny.decoder(), tiny.prompt()["input_ids"]
     cache, logits = caches.new(model.config), []
     for _ in range(steps):
-        logits.append(model(ids, past_key_values=cache, **options).logits[:, -1])
+        logits.append(model(ids, **given(model, cache), **options).logits[:, -1])
         ids = logits[-1].argmax(1, keepdim=True)
     return torch.cat(logits)
 
@@ -136,8 +137,8 @@ def _inference(caches: Caches) -> Tensor:
     model, inputs = tiny.decoder(), tiny.prompt()
     with torch.inference_mode():
         cache = caches.new(model.config)
-        model(inputs["input_ids"], past_key_values=cache)
-    step = model(inputs["input_ids"][:, :1], past_key_values=cache)
+        model(inputs["input_ids"], **given(model, cache))
+    step = model(inputs["input_ids"][:, :1], **given(model, cache))
     logits: Tensor = step.logits.detach()[:, -1]
     return logits
 
@@ -147,8 +148,8 @@ def _gradients(caches: Caches) -> Tensor:
     model, ids = tiny.decoder(), tiny.prompt()["input_ids"]
     cache = caches.new(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-    model(ids[:, :4], past_key_values=cache).logits.square().mean().backward()
+        model(ids, **given(model, cache))
+    model(ids[:, :4], **given(model, cache)).logits.square().mean().backward()
     weight = model.model.layers[0].self_attn.q_proj.weight
     gradient: Tensor = weight.grad.clone()
     model.zero_grad()
@@ -169,7 +170,7 @@ def _custom(caches: Caches) -> Tensor:
         step = input_ids
         cache = next(value for value in inputs.values() if isinstance(value, Cache))
         while True:
-            logits = model(step, past_key_values=cache).logits[:, -1]
+            logits = model(step, **given(model, cache)).logits[:, -1]
             step = logits.argmax(1, keepdim=True)
             input_ids = torch.cat([input_ids, step], dim=1)
             if bool(stopping_criteria(input_ids, logits).all()):

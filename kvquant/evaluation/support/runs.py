@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +127,6 @@ def run_modes(modes: Iterable[Mode], options: Mapping[str, Any]) -> Iterator[Mod
     """
     for mode in modes:
         yield _result(mode, options)
-        gc.collect()  # caches and their models hang together in cycles
 
 
 def _result(mode: Mode, options: Mapping[str, Any]) -> ModeResult:

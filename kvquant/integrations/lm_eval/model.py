@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import Cache
 
 from kvquant._version import __version__
+from kvquant.cache.compat import given
 from kvquant.errors import OptionValueError, UnsupportedError
 from kvquant.evaluation.candidates import FULL, body_bits
 from kvquant.evaluation.teacher import Prefill, forced_logits
@@ -78,7 +79,7 @@ class KVQuantLM(HFLM):  # type: ignore[misc]  # the harness ships no types
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate from a padded batch ``[batch, tokens]`` with a new cache."""
         cache = self.candidate.make(self.model.config)
-        tokens: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        tokens: Tensor = super()._model_generate(context, max_length, stop, **given(self.model, cache), **options)
         self._count(cache)
         return tokens
 

@@ -216,3 +216,15 @@ def test_attention_that_torch_refuses_is_refused_by_torch(states, layer):
     values = QuantizedStates(layer.stores[1], "value")
     with pytest.raises(RuntimeError):
         scaled_dot_product_attention(torch.randn(2, 2, 3, 8), states, values)
+
+
+def test_one_head_is_for_all_query_heads():
+    """torch broadcasts it without `enable_gqa`, and so do we, without dequantising."""
+    layer = QuantizedLayer(CacheConfig(backend="test-affine", group_size=8, residual_length=8), 0)
+    layer.update(torch.randn(2, 1, 60, 16), torch.randn(2, 1, 60, 16))
+    keys, values = layer.update(torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 16))
+    query = torch.randn(2, 4, 1, 16)
+    counters.reset()
+    fused = scaled_dot_product_attention(query, keys, values)
+    assert (counters.fused, counters.materialised) == (1, 0)
+    torch.testing.assert_close(fused, scaled_dot_product_attention(query, layer.keys, layer.values))
