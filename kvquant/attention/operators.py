@@ -14,6 +14,7 @@ and `append` writes to it, by which the compiler knows what has to come before w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def _attend(
     seen = min(tokens, len(layer))
     mask = _cut(mask, seen)
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
-    with torch.autocast(query.device.type, enabled=False):
+    with _as_it_is(query.device.type):
         exact_keys, exact_values = _exact(key_states, keys, seen), _exact(value_states, values, seen)
         if exact_keys is None or exact_values is None:
             out = dispatch.attend(query, keys, values, mask, **options, softcap=softcap, sinks=sinks)
@@ -130,6 +131,11 @@ def _attend(
             )
     # In the layout that the fake implementation promises.
     return out.to(query.dtype if cast is None else cast).contiguous()
+
+
+def _as_it_is(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which nothing is cast; to enter one costs as much as a small operation of torch."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _exact(states: Tensor, store: Store, seen: int) -> Tensor | None:
