@@ -7,6 +7,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvquant.attention import tiles
@@ -30,8 +31,27 @@ class KernelError(RuntimeError):
 
 
 def attend(query: Tensor, keys: Store, values: Store, mask: Tensor | None, **options: Any) -> Tensor:
-    """Attend over packed stores; arguments and result are those of `tiles.attend`."""
+    """Attend over packed stores; arguments and result are those of `tiles.attend`.
+
+    Each query token sees what `Store.as_of` says.
+    """
     counters.fused += 1
+    # Causality of torch's kind counts from the first token, and is of no prefix that a cache holds.
+    views = (
+        []
+        if options.get("is_causal")
+        else list(zip(keys.as_of(query.shape[2]), values.as_of(query.shape[2]), strict=True))
+    )
+    if len(views) < 2:
+        return _attend(query, keys, values, mask, **options)
+    parts = []
+    for (first, last, key_view), (_, _, value_view) in views:
+        rows = mask if mask is None or mask.shape[-2] == 1 else mask[..., first:last, :]
+        parts.append(_attend(query[:, :, first:last], key_view, value_view, rows, **options))
+    return torch.cat(parts, dim=2)
+
+
+def _attend(query: Tensor, keys: Store, values: Store, mask: Tensor | None, **options: Any) -> Tensor:
     name, kernel = _chosen(query, keys, values)
     if kernel is not None:
         guarded = _Guarded(kernel)

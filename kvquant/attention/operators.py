@@ -49,6 +49,9 @@ class Held(Protocol):
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Append states ``[batch, kv_heads, tokens, head_dim]``, or raise and change nothing."""
 
+    def use(self) -> None:
+        """Say that it is about to be read."""
+
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -79,6 +82,7 @@ def _in_step(handle: Tensor, length: Tensor) -> Any:
     layer = _layer(handle)
     if int(length) != len(layer):
         raise OutOfStepError(int(length), len(layer), layer.where)
+    layer.use()
     return layer
 
 

@@ -106,7 +106,7 @@ def segments(keys: Body, values: Body) -> Iterator[Segment]:
 
 def _located(body: Body) -> Iterator[tuple[int, CanonicalPage]]:
     first = -body.hidden
-    for page in body.pages:
+    for page in body.near:
         if not isinstance(page, CanonicalPage):
             raise TypeError("only pages of a canonical format can be read without their backend")
         yield first, page

@@ -133,6 +133,8 @@ def _attend(
     if isinstance(keys, Store) and isinstance(values, Store) and quantised_together(keys, values):
         body = range(keys.sink_tokens, keys.sink_tokens + len(keys.body))
         if body:
+            for one in (keys.body, values.body):
+                one.fetch()
             part = None if masked is None else _tokens_of(masked, body.start, body.stop)
             last = None if seen is None else seen - body.start
             running.merge(_attend_body(kernel or attend_tiles, folded, keys.body, values.body, part, last, softcap))

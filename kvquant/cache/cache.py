@@ -149,10 +149,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         cache = cls.__new__(cls)
         cache.config, cache.token_ids = loaded.config, loaded.token_ids
         if loaded.fixed:
-            Cache.__init__(cache, layers=loaded.layers)
+            Cache.__init__(cache, layers=together(loaded.layers))
         else:
             Cache.__init__(cache, layer_class_to_replicate=cache._next_layer)
-            cache.layers.extend(loaded.layers)
+            cache.layers.extend(together(loaded.layers))
         return cache
 
     def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
@@ -173,7 +173,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         for index, template in enumerate(templates):
             skipped = config.skips(index, len(templates))
             layers.append(template if skipped else _quantized(template, config, index, channels) or template)
-        super().__init__(layers=layers)
+        super().__init__(layers=together(layers))
 
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
@@ -182,7 +182,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             raise UnsupportedError(_WITHOUT_CONFIG, [_NO_LAYERS], "a compiled prefill")
         if self.config.skips(index):
             return DynamicLayer() if fixed is None else StaticLayer(fixed)
-        return full_attention_layer(self.config, index)
+        return together([*self.layers, full_attention_layer(self.config, index)])[-1]
 
     # -------------------------------------------------------------------------------------------- a fixed size
 
@@ -284,6 +284,18 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
                 layer.synchronise()
         return longest - shortest
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Begin to bring the offloaded tokens of a layer to the device, or those of the next that quantises.
+
+        Args:
+            layer_idx: its number; behind the last comes the first.
+            only_non_sliding: whether to pass over layers of sliding windows.
+        """
+        for layer in (*self.layers[layer_idx:], *self.layers[:layer_idx]):
+            if isinstance(layer, QuantizedLayer) and not (only_non_sliding and layer.is_sliding):
+                layer.prefetch()
+                return
+
     # -------------------------------------------------------------------------------------------- figures
 
     @property
@@ -334,6 +346,14 @@ def _quantized(template: object, config: CacheConfig, index: int, channels: int 
     layer = full_attention_layer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
     key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
     return layer if layer.policy(key_scheme, value_scheme).pays else None
+
+
+def together(layers: list[Any]) -> list[Any]:
+    """Have the quantised layers of a cache be fetched ahead of each other, and return all."""
+    ours = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
+    for layer in ours:
+        layer.lookahead = ours[0].lookahead
+    return layers
 
 
 def _check_updated_once(layers: list[Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvquant.attention.states import QuantizedStates
 from kvquant.attention.static import static_states
-from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.cache import QuantizedCache, together
 from kvquant.cache.compat import decoder_config, dynamic_layers, head_dim
 from kvquant.cache.io import Cross, load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer, _own_tensors
@@ -95,6 +95,7 @@ class CrossLayer(TracedLayer):
         store = self._stores[stream]
         exact = store.exact()
         if exact is None:
+            self.use()
             return QuantizedStates(store, stream)
         return exact.clone() if torch.is_grad_enabled() else exact
 
@@ -123,17 +124,18 @@ class CrossAttentionCache(QuantizedCache):
 
     def _next_layer(self) -> QuantizedLayer | DynamicLayer:
         index = len(self.layers)
-        return DynamicLayer() if self.config.skips(index) else CrossLayer(self.config, index)
+        new = DynamicLayer() if self.config.skips(index) else CrossLayer(self.config, index)
+        return together([*self.layers, new])[-1]
 
 
 def _fill(cache: QuantizedCache, config: CacheConfig, layers: list[Any], *, fixed: bool) -> None:
     """Set up a cache with its layers; if they are not `fixed`, more may follow."""
     cache.config, cache.token_ids = config, None
     if fixed:
-        Cache.__init__(cache, layers=layers)
+        Cache.__init__(cache, layers=together(layers))
     else:
         Cache.__init__(cache, layer_class_to_replicate=cache._next_layer)
-        cache.layers.extend(layers)
+        cache.layers.extend(together(layers))
 
 
 def cross_config(config: CacheConfig) -> CacheConfig:

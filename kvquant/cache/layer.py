@@ -14,9 +14,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.attention.states import QuantizedStates
 from kvquant.cache.checks import check_assigned, check_finite, check_pair, check_same
+from kvquant.cache.lookahead import Lookahead
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
+from kvquant.engine.offload import Place
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
@@ -39,6 +41,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
 
     Attributes:
         settings: what the layer does.
+        record_past: whether an update can be taken back by `crop` without a trace, even if it made tokens leave the
+            window; see `activate_past_recording`.
+        lookahead: what fetches offloaded tokens ahead; the layers of a cache share one.
         keys, values: the states as plain tensors ``[batch, kv_heads, tokens, head_dim]``, dequantised, or None before
             the first update. Assigning stores anew; assigning another number of tokens takes effect once both have
             been assigned.
@@ -58,6 +63,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """
         self.index = index
         self.settings = settings or layer_settings(config, index)
+        self.record_past = False
+        self.lookahead = Lookahead()
         self._config = config
         self._stores: dict[str, Store] = {}
         self._assigned: dict[str, Tensor] = {}
@@ -144,13 +151,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             QuantizationError, BackendContractError: the backend failed. Nothing was stored.
             PendingAssignmentError: keys were assigned and values that fit them were not.
         """
-        self._check_assigned()
-        self._check_states(key_states, value_states)
         first = len(self) == 0
-        with _own_tensors():
-            stores = self._stores or self._new_stores(key_states, value_states)
-            self._append(stores, key_states, value_states)
-            self._stores = stores
+        self.append(key_states, value_states)
         if first:
             return key_states, value_states
         keys, values = self._stores["key"], self._stores["value"]
@@ -161,6 +163,18 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 return exact_keys.clone(), exact_values.clone()
             return exact_keys, exact_values
         return QuantizedStates(keys, "key"), QuantizedStates(values, "value")
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append states without handing anything out; arguments and errors are those of `update`."""
+        self._check_assigned()
+        self._check_states(key_states, value_states)
+        self.use()
+        with _own_tensors():
+            stores = self._stores or self._new_stores(key_states, value_states)
+            if stores["key"].device != key_states.device:
+                stores = self._moved(stores, key_states.device)
+            self._append(stores, key_states, value_states)
+            self._stores = stores
 
     def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
         check_pair(key_states, value_states, self.where)
@@ -174,8 +188,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         keys, values = stores["key"], stores["value"]
         leaving = keys.leaving(key_states.shape[2])
         try:
-            staged_keys = keys.stage(key_states, leaving)
-            staged_values = values.stage(value_states, leaving)
+            staged_keys = keys.stage(key_states, leaving, record=self.record_past)
+            staged_values = values.stage(value_states, leaving, record=self.record_past)
         except BaseException:
             keys.discard()
             values.discard()
@@ -205,11 +219,22 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 rotation=None if settings.rotation is None else Rotation(settings.rotation),
             )
 
-        body_device = None if self._config.device is None else torch.device(self._config.device)
         return {
-            stream: Store(states, encoder(stream, settings), policy, body_device)
+            stream: Store(states, encoder(stream, settings), policy, self._place())
             for stream, (settings, states) in streams.items()
         }
+
+    def _place(self) -> Place:
+        device = self._config.device
+        # A device without an index is the one that tensors made there have.
+        return Place(None if device is None else torch.empty(0, device=device).device, offload=self._config.offload)
+
+    def _moved(self, stores: dict[str, Store], device: torch.device) -> dict[str, Store]:
+        """Return the stores for states on another device, which models have that are spread over several."""
+        for stream, settings in zip(_STREAMS, (self.settings.key, self.settings.value), strict=True):
+            dtype = str(stores[stream].compute_dtype).removeprefix("torch.")
+            settings.scheme(stores[stream].head_dim, device.type, dtype)
+        return {stream: store.moved(device) for stream, store in stores.items()}
 
     # -------------------------------------------------------------------------------------------- reading whole
 
@@ -266,6 +291,15 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
 
     # -------------------------------------------------------------------------------------------- other changes
 
+    def activate_past_recording(self) -> None:
+        """Prepare for updates that will be taken back in part, as assisted decoding does.
+
+        From now on what the last tokens of an update made leave the window, as many tokens as `residual_length` says,
+        is remembered in full precision until the next. So a crop after it leaves what never saw the tokens, and in
+        fused attention each token of an update sees what it would see if they came one by one.
+        """
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; what remains is what was stored, and nothing is quantised again.
 
@@ -319,21 +353,33 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """Forget everything; the next states may have another shape."""
         self._stores, self._assigned = {}, {}
 
+    # -------------------------------------------------------------------------------------------- host memory
+
     def offload(self) -> None:
-        """Move the layer to the CPU; `prefetch` brings it back."""
-        if self._stores:
-            self._home = self._stores["key"].device
-            with _own_tensors():
-                for store in self.stores:
-                    store.to(torch.device("cpu"))
+        """Have the quantised tokens lie in host memory from now on, as with ``offload=True``; sink and window stay.
+
+        Where the config names a device for them they stay there.
+        """
+        with _own_tensors():
+            for store in self._stores.values():
+                if not store.place.offload:
+                    store.offload()
+        self.let_go()
 
     def prefetch(self) -> None:
-        """Bring an offloaded layer back."""
-        home = getattr(self, "_home", None)
-        if self._stores and home is not None and home != self.device:
-            with _own_tensors():
-                for store in self.stores:
-                    store.to(home)
+        """Begin to bring offloaded tokens to the device, packed; until then, they are read where they lie."""
+        for store in self._stores.values():
+            store.body.fetch()
+
+    def let_go(self) -> None:
+        """Let go of what `prefetch` brought."""
+        for store in self._stores.values():
+            store.body.let_go()
+
+    def use(self) -> None:
+        """Say that the layer is about to be read."""
+        if self._config.offload or (self._stores and self._stores["key"].body.is_offloaded):
+            self.lookahead.turn(self)
 
     # -------------------------------------------------------------------------------------------- sizes
 

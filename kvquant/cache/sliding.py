@@ -22,7 +22,8 @@ class QuantizedSlidingLayer(QuantizedLayer):
 
     Attributes:
         sliding_window: tokens that a query sees.
-        record_past: whether everything is kept until the next `crop`, however many updates come before it.
+        record_past: as in `QuantizedLayer`; and everything is kept until the next `crop`, however many updates come
+            before it.
     """
 
     is_sliding = True
@@ -33,7 +34,6 @@ class QuantizedSlidingLayer(QuantizedLayer):
         """Make an empty layer; see `QuantizedLayer`."""
         super().__init__(config, index, settings)
         self.sliding_window = sliding_window
-        self.record_past = False
 
     def __len__(self) -> int:
         return self._stores["key"].seen if self._stores else 0
@@ -49,10 +49,6 @@ class QuantizedSlidingLayer(QuantizedLayer):
     def _first_seen(self, tokens: int) -> int:
         """Return the first of `tokens` tokens that the next one will see."""
         return max(0, tokens - self._span)
-
-    def activate_past_recording(self) -> None:
-        """Keep everything until the next `crop`, however many updates come before it."""
-        self.record_past = True
 
     # -------------------------------------------------------------------------------------------- updating
 

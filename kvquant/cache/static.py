@@ -50,15 +50,6 @@ class TracedLayer(QuantizedLayer):
         """Note the tokens held where graphs read them: after every change but an append, which does so itself."""
         self._length.fill_(len(self))
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Append states without handing anything out; what `operators.append` does."""
-        self._check_assigned()
-        self._check_states(key_states, value_states)
-        with _own_tensors():
-            stores = self._stores or self._new_stores(key_states, value_states)
-            self._append(stores, key_states, value_states)
-            self._stores = stores
-
     def _handed_out_static(self, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Append states, and return keys and values as `StaticStates` of `tokens` tokens; torch traces this."""
         keys, values = key_states.detach(), value_states.detach()

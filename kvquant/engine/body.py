@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.offload import Copies, Home, clone, host_for
 from kvquant.engine.opaque import OpaquePage
 from kvquant.engine.pages import CanonicalPage, Page
 from kvquant.engine.state import Saved, State
@@ -35,7 +38,8 @@ class Body:
 
     Attributes:
         encoder: what quantises its tokens.
-        device: where it lives.
+        device: where it is read.
+        home: where it lies: there, or in host memory, from where `fetch` brings copies of its pages.
         kv_heads, head_dim: of the states.
         pages: the tokens, in order.
         hidden: how many of the oldest are out of view. They are not counted, read or attended to, and lie in memory
@@ -47,16 +51,21 @@ class Body:
     copied to make room, and appending n tokens costs O(n).
     """
 
-    def __init__(self, encoder: Encoder, policy: WindowPolicy, like: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, encoder: Encoder, policy: WindowPolicy, like: Tensor, device: torch.device, *, offload: bool = False
+    ) -> None:
         """Make an empty body.
 
         Args:
             encoder: what quantises its tokens.
             policy: gives the position of its first token and the size of its smallest page.
             like: ``[batch, kv_heads, any, head_dim]``, gives heads and channels.
-            device: where it lives.
+            device: where it is read.
+            offload: whether it lies in host memory.
         """
         self.encoder, self.device = encoder, device
+        self.home = host_for(device) if offload else Home(device)
+        self._copies = Copies(device)
         self.pages: list[Page] = []
         self.hidden = 0
         self.first_token = policy.sink_length
@@ -66,6 +75,12 @@ class Body:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Body:
+        body = copy.copy(self)
+        memo[id(self)] = body
+        body.pages, body._copies = [page.mapped(clone) for page in self.pages], Copies(self.device)
+        return body
 
     @property
     def held(self) -> int:
@@ -91,6 +106,7 @@ class Body:
         """Let pages go that are hidden whole, and return how many tokens they had."""
         freed = 0
         while self.pages and self.pages[0].length <= self.hidden:
+            self._copies.forget(self.pages[:1])
             freed += self.pages[0].length
             self.hidden -= self.pages.pop(0).length
         self.first_token += freed
@@ -130,6 +146,7 @@ class Body:
 
     def commit(self, staged: Staged) -> None:
         """Make staged tokens count."""
+        self._copies.forget(page for page, _ in staged.lengths)
         for page, length in staged.lengths:
             if not any(page is known for known in self.pages):
                 self.pages.append(page)
@@ -143,6 +160,7 @@ class Body:
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens. A page that ends inside a group is never written to again."""
+        self._copies.forget()
         tokens += self.hidden
         before = 0
         for index, page in enumerate(self.pages):
@@ -157,9 +175,24 @@ class Body:
                 page.trim(page.length)
         self._index()
 
+    def without(self, tokens: int) -> Body:
+        """Return a body that lacks the newest `tokens` tokens, to be read; this one is as it was."""
+        self.fetch()
+        body, left = copy.copy(self), self.held - tokens
+        body.pages, body.home = [], Home(self.device)
+        for page in self.near:
+            kept = min(page.length, left)
+            if not kept:
+                break
+            body.pages.append(page if kept == page.length else copy.copy(page))
+            body.pages[-1].length = kept
+            left -= kept
+        body._index()
+        return body
+
     def replaced(self, states: Tensor) -> Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
-        body = Body(self.encoder, self._policy, states, self.device)
+        body = self._empty(states)
         body.first_token, body.hidden = self.first_token, self.hidden
         for page, start in zip(self.pages, self._starts[:-1], strict=True):
             # A page that a crop left ending inside a group is filled up with its own last token, which moves no
@@ -171,7 +204,7 @@ class Body:
                 [first.expand(-1, -1, before, -1), tokens, last.expand(-1, -1, missing, -1)],
                 dim=2,
             )
-            fresh = Body(self.encoder, self._policy, states, self.device)
+            fresh = self._empty(states)
             pieces = self.encoder.encode(filled, self.first_token + self.hidden + start, wide=body.wide)
             fresh.commit(fresh.stage(pieces, filled.shape[2]))
             fresh.truncate(page.length)
@@ -180,16 +213,22 @@ class Body:
         body._index()
         return body
 
+    def _empty(self, like: Tensor) -> Body:
+        return Body(self.encoder, self._policy, like, self.device, offload=self.is_offloaded)
+
+    # -------------------------------------------------------------------------------------------- reading
+
     def read(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Iterator[Tensor]:
         """Yield tokens `start` to `stop` page by page, dequantised; as they were quantised if `rotated`."""
         rotation = None if rotated else self.encoder.rotation
-        for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self.pages)):
+        pages = self.near
+        for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(pages)):
             before = self._starts[at]
-            low, high = max(start - before, 0), min(stop - before, self.pages[at].length)
+            low, high = max(start - before, 0), min(stop - before, pages[at].length)
             if before >= stop:
                 break
             if low < high:
-                states = self.pages[at].dequantize(low, high, dtype)
+                states = pages[at].dequantize(low, high, dtype)
                 yield states if rotation is None else rotation.undo(states)
 
     def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
@@ -207,16 +246,48 @@ class Body:
         parts = list(self.read(start, stop, dtype, rotated=rotated))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
+    # -------------------------------------------------------------------------------------------- other changes
+
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
+        self._copies.forget()
         for page in self.pages:
-            page.select(indices.to(self.device))
+            page.select(indices.to(self.home.device))
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self.device = device
-        for page in self.pages:
-            page.to(device)
+    def moved(self, device: torch.device, *, offload: bool) -> Body:
+        """Return the same body, read on `device`; tensors that lie where they should are shared.
+
+        Args:
+            device: where it is read.
+            offload: whether it lies in host memory.
+        """
+        body = copy.copy(self)
+        body.device, body.home, body._copies = device, host_for(device) if offload else Home(device), Copies(device)
+        body.pages = [page.mapped(body.home.keep, body.home) for page in self.pages]
+        return body
+
+    # -------------------------------------------------------------------------------------------- host memory
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether it lies in host memory, away from the device that reads it."""
+        return self.home.far
+
+    def fetch(self) -> None:
+        """Begin to bring copies of its pages to the device, of those that are not there yet."""
+        if self.is_offloaded:
+            self._copies.fetch(self.pages)
+
+    def let_go(self) -> None:
+        """Let go of all copies on the device."""
+        self._copies.forget()
+
+    @property
+    def near(self) -> list[Page]:
+        """What to read: the pages, in their copies on the device as far as they have been fetched."""
+        return self._copies.instead_of(self.pages) if self.is_offloaded else self.pages
+
+    # -------------------------------------------------------------------------------------------- written down
 
     def state(self) -> State:
         """Return what the body is, without its spare capacity."""
@@ -247,7 +318,7 @@ class Body:
                 most = length + (self._policy.spare(stored + length) if part is parts[-1] else 0)
                 shape = (batch, self.kv_heads, length, self.head_dim)
                 page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
-                page.to(self.device)
+                page = page.mapped(self.home.keep)
             self.pages.append(page)
             stored += page.length
         self._index()
@@ -256,14 +327,16 @@ class Body:
         """Yield ``(part, tensor, valid bytes)`` of every tensor held."""
         for page in self.pages:
             yield from page.parts()
+        for page in self._copies:
+            yield from (("copies", tensor, tensor.nbytes) for _, tensor, _ in page.parts())
 
     def _new_page(self, piece: Piece, stored: int, left: int) -> Page:
         if not isinstance(piece, Encoded):
             return self._opaque_page(stored)
         capacity = self._policy.page_capacity(left, stored)
-        return CanonicalPage(self.encoder, piece, capacity, self.head_dim, self.device)
+        return CanonicalPage(self.encoder, piece, capacity, self.head_dim, self.home)
 
     def _opaque_page(self, stored: int) -> OpaquePage:
         most = None if self._policy.span is None else self._policy.page_capacity(0, stored)
         first = self.first_token + stored
-        return OpaquePage(self.encoder, first, self.kv_heads, self.head_dim, self.device, most)
+        return OpaquePage(self.encoder, first, self.kv_heads, self.head_dim, self.home, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,9 +92,11 @@ class TokenBuffer:
         """Keep batch rows `indices` (int64 ``[new_batch]``), in that order."""
         self.data = self.data.index_select(0, indices)
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self.data = self.data.to(device)
+    def moved(self, device: torch.device) -> TokenBuffer:
+        """Return the same buffer on `device`."""
+        buffer = copy.copy(self)
+        buffer.data = self.data.to(device)
+        return buffer
 
     def state(self) -> State:
         """Return the tokens held and how they lie; what is in spare room is left out."""

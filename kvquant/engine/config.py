@@ -59,6 +59,10 @@ class CacheConfig:
             (float64 for float64 states).
         device: where quantised tokens live; None keeps them with the model's layer. Elsewhere, tiles are brought over
             as attention reads them.
+        offload: whether quantised tokens live in host memory (pinned, with CUDA), from where they come back packed, a
+            layer ahead of attention, so that the device holds those of two layers. The first and the most recent
+            tokens stay on the device. It costs nothing where the model runs on the CPU, and cannot be combined with
+            `device`.
         layers: options for some layers alone: ``{0: {"nbits": 8}, range(2, 6): {"backend": "hqq"}}``; in a file
             ``"2-5"``. For a layer named twice the later entry wins.
         skip_layers: layers that stay in full precision; negative numbers count from the last.
@@ -87,6 +91,7 @@ class CacheConfig:
     sink_length: int = 0
     compute_dtype: str | None = None
     device: str | None = None
+    offload: bool = False
     layers: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
     max_cache_len: int | None = None
@@ -107,8 +112,12 @@ class CacheConfig:
         if self.max_cache_len is not None and (not is_int(self.max_cache_len) or self.max_cache_len < 1):
             expected = "a whole number of tokens, those of the prompt and the new ones, or None for no limit"
             raise OptionValueError("max_cache_len", self.max_cache_len, expected)
-        if not isinstance(self.check_finite, bool):
-            raise OptionValueError("check_finite", self.check_finite, "True or False")
+        for name in ("offload", "check_finite"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionValueError(name, getattr(self, name), "True or False")
+        if self.offload and self.device is not None:
+            expected = f"False, or no device={self.device!r}: both say where quantised tokens live"
+            raise OptionValueError("offload", self.offload, expected)
 
     # -------------------------------------------------------------------------------------------- making one
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Parts of a layer's memory. Spare is what is allocated and not in use yet.
-PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "spare")
+#: Parts of a layer's memory. Copies are those on the device of what lives in host memory; spare is what is allocated
+#: and not in use yet.
+PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "copies", "spare")
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -35,6 +36,7 @@ class LayerMemory:
         quantized_tokens: tokens in the body.
         quantized_elements: numbers in the body, keys and values together, all batch rows and heads.
         parts: bytes by part.
+        devices: the same bytes by the device that they lie on.
     """
 
     layer: int
@@ -42,6 +44,7 @@ class LayerMemory:
     quantized_tokens: int
     quantized_elements: int
     parts: dict[str, int] = field(default_factory=dict)
+    devices: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +79,9 @@ def layer_memory(
             seen.add(address)
             sums[part] += valid
     sums["spare"] = tensor_bytes(tensor for _, tensor, _ in held) - sum(sums.values())
-    return LayerMemory(layer, tokens, quantized[0], quantized[1], sums)
+    places = dict.fromkeys(str(tensor.device) for _, tensor, _ in held)
+    devices = {place: tensor_bytes(tensor for _, tensor, _ in held if str(tensor.device) == place) for place in places}
+    return LayerMemory(layer, tokens, quantized[0], quantized[1], sums, devices)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,12 @@ class MemoryReport:
         return {part: sum(layer.parts.get(part, 0) for layer in self.layers) for part in PARTS}
 
     @property
+    def devices(self) -> dict[str, int]:
+        """Bytes by the device that they lie on, over all layers."""
+        names = dict.fromkeys(name for layer in self.layers for name in layer.devices)
+        return {name: sum(layer.devices.get(name, 0) for layer in self.layers) for name in names}
+
+    @property
     def bits_per_element(self) -> float | None:
         """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
         elements = sum(layer.quantized_elements for layer in self.layers)
@@ -113,6 +124,7 @@ class MemoryReport:
             "nbytes": self.nbytes,
             "bits_per_element": self.bits_per_element,
             "parts": self.parts,
+            "devices": self.devices,
             "attention": self.attention or None,
             "layers": [
                 {
@@ -122,6 +134,7 @@ class MemoryReport:
                     "nbytes": layer.nbytes,
                     "bits_per_element": layer.bits_per_element,
                     "parts": dict(layer.parts),
+                    "devices": dict(layer.devices),
                 }
                 for layer in self.layers
             ],
@@ -146,6 +159,8 @@ class MemoryReport:
         with console.capture() as text:
             console.print(table)
         lines = [line.rstrip() for line in text.get().strip("\n").splitlines()]
+        if len(self.devices) > 1:
+            lines.append(", ".join(f"{name}: {format_bytes(size)}" for name, size in self.devices.items()))
         return "\n".join([*lines, f"attention: {self.attention}"] if self.attention else lines)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kvquant.engine.encode import EncodedOpaque, Encoder, Piece
 from kvquant.engine.grouping import rows_to_states
+from kvquant.engine.offload import Home
 from kvquant.engine.state import Saved, Stack, State
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque
@@ -25,7 +27,7 @@ class OpaquePage:
         first_token: int,
         kv_heads: int,
         head_dim: int,
-        device: torch.device,
+        home: Home,
         most: int | None = None,
     ) -> None:
         """Make an empty page that begins at token `first_token` of the sequence.
@@ -33,7 +35,7 @@ class OpaquePage:
         Its list of blocks never fills up, unless the page is to have at most `most` tokens.
         """
         self._encoder, self._first_token, self._most = encoder, first_token, most
-        self._kv_heads, self._head_dim, self._device = kv_heads, head_dim, device
+        self._kv_heads, self._head_dim, self._home = kv_heads, head_dim, home
         self._blocks: list[tuple[Opaque, ...]] = []
         self.length = 0
 
@@ -56,7 +58,7 @@ class OpaquePage:
         """Keep a block at token `at`, in place of what a crop or a failure left there; return its tokens."""
         block = cast("EncodedOpaque", piece)
         del self._blocks[at // self._encoder.block :]
-        self._blocks.append(tuple(_opaque_to(row, self._device) for row in block.rows))
+        self._blocks.append(tuple(_mapped(row, self._home.keep) for row in block.rows))
         return block.tokens
 
     def discard(self) -> None:
@@ -97,10 +99,14 @@ class OpaquePage:
         """Forget blocks that lie behind the first `tokens` tokens."""
         del self._blocks[-(-tokens // self._encoder.block) :]
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self._device = device
-        self._blocks = [tuple(_opaque_to(row, device) for row in rows) for rows in self._blocks]
+    def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> OpaquePage:
+        """Return the same page with other tensors, see `Page`; batch rows that share memory go on sharing it."""
+        page = copy.copy(self)
+        page._home = home or self._home
+        rows = {id(row): row for block in self._blocks for row in block}
+        made = {known: _mapped(row, change) for known, row in rows.items()}
+        page._blocks = [tuple(made[id(row)] for row in block) for block in self._blocks]
+        return page
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield ``(part, tensor, valid bytes)`` of every tensor that the page holds."""
@@ -162,7 +168,7 @@ class OpaquePage:
         for layout, at in (place for places in order for place in places):
             if not (0 <= layout < len(layouts) and 0 <= at < len(layouts[layout])):
                 raise saved.misfit(f"has no block {at} of layout {layout}")
-        moved = [[_opaque_to(row, self._device) for row in rows] for rows in layouts]
+        moved = [[_mapped(row, self._home.keep) for row in rows] for rows in layouts]
         self._blocks = [tuple(moved[layout][at] for layout, at in places) for places in order]
         self.length = length
         try:
@@ -195,5 +201,5 @@ def _unstacked(saved: Saved, most: int) -> list[Opaque]:
     return [Opaque({name: column[at] for name, column in columns.items()}, meta) for at in range(blocks)]
 
 
-def _opaque_to(row: Opaque, device: torch.device) -> Opaque:
-    return Opaque({name: tensor.to(device) for name, tensor in row.tensors.items()}, row.meta)
+def _mapped(row: Opaque, change: Callable[[Tensor], Tensor]) -> Opaque:
+    return Opaque({name: change(tensor) for name, tensor in row.tensors.items()}, row.meta)

@@ -7,7 +7,8 @@ a new page, so a group never holds tokens that were quantised at different times
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
+from kvquant.engine.offload import Home, clone, empty_like
 from kvquant.engine.packing import packed_bytes, unpack
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 
@@ -56,8 +58,13 @@ class Page(Protocol):
     def trim(self, tokens: int) -> None:
         """Give back what lies behind the first `tokens` tokens."""
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
+    def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> Page:
+        """Return the same page with other tensors.
+
+        Args:
+            change: makes them, each of one of the page's; the numbers are the same.
+            home: where the page lies then, if that is to be another place.
+        """
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield ``(part, tensor, valid bytes)`` of every tensor that the page holds."""
@@ -79,16 +86,16 @@ class CanonicalPage:
         length: valid tokens.
     """
 
-    def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, device: torch.device) -> None:
+    def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, home: Home) -> None:
         """Allocate a page of `capacity` tokens with the layout of `like`."""
         self.scheme, self._block, self.head_dim = encoder.scheme, encoder.block, head_dim
         self.length = 0
         batch, heads = like.codes.shape[:2]
         scales = capacity // self._tokens_per_scale
-        self.codes = like.codes.new_empty((batch, heads, capacity, like.codes.shape[3]), device=device)
-        self.scale = like.scale.new_empty((batch, heads, scales, like.scale.shape[3]), device=device)
-        self.offset = None if like.offset is None else torch.empty_like(self.scale)
-        self.table = None if like.table is None else like.table.to(device)
+        self.codes = home.empty((batch, heads, capacity, like.codes.shape[3]), like.codes.dtype)
+        self.scale = home.empty((batch, heads, scales, like.scale.shape[3]), like.scale.dtype)
+        self.offset = None if like.offset is None else home.empty(self.scale.shape, like.scale.dtype)
+        self.table = None if like.table is None else home.keep(like.table)
 
     @property
     def _tokens_per_scale(self) -> int:
@@ -158,15 +165,17 @@ class CanonicalPage:
         """Give back what lies behind the first `tokens` tokens."""
         if tokens < self.capacity:
             scales = -(-tokens // self._tokens_per_scale)
-            self.codes = self.codes[:, :, :tokens].clone()
-            self.scale = self.scale[:, :, :scales].clone()
-            self.offset = None if self.offset is None else self.offset[:, :, :scales].clone()
+            self.codes = clone(self.codes[:, :, :tokens])
+            self.scale = clone(self.scale[:, :, :scales])
+            self.offset = None if self.offset is None else clone(self.offset[:, :, :scales])
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self.codes, self.scale = self.codes.to(device), self.scale.to(device)
-        self.offset = None if self.offset is None else self.offset.to(device)
-        self.table = None if self.table is None else self.table.to(device)
+    def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> CanonicalPage:  # noqa: ARG002
+        """Return the same page with other tensors, see `Page`."""
+        page = copy.copy(self)
+        page.codes, page.scale = change(self.codes), change(self.scale)
+        page.offset = None if self.offset is None else change(self.offset)
+        page.table = None if self.table is None else change(self.table)
+        return page
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield ``(part, tensor, valid bytes)`` of every tensor that the page holds."""
@@ -235,7 +244,7 @@ def _with_room(tensor: Tensor, tokens: int) -> Tensor:
     held = tensor.shape[2]
     if held == tokens:
         return tensor
-    roomy = tensor.new_empty((*tensor.shape[:2], tokens, tensor.shape[3]))
+    roomy = empty_like(tensor, (*tensor.shape[:2], tokens, tensor.shape[3]))
     roomy[:, :, :held] = tensor
     return roomy
 
@@ -243,7 +252,7 @@ def _with_room(tensor: Tensor, tokens: int) -> Tensor:
 def _select(tensor: Tensor, indices: Tensor) -> Tensor:
     """Select batch rows, in place and in bounded steps where the batch keeps its size (every step of a beam search)."""
     if len(indices) != tensor.shape[0]:
-        return tensor.index_select(0, indices)
+        return torch.index_select(tensor, 0, indices, out=empty_like(tensor, (len(indices), *tensor.shape[1:])))
     step = max(1, _SELECT_BYTES // max(1, tensor[:, :, :1].nbytes))
     for part in tensor.split(step, dim=2):
         part.copy_(part.index_select(0, indices))

@@ -11,15 +11,18 @@ the first in view, `seen` and what is said to be a position excepted.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvquant.engine.body import Body, Staged
 from kvquant.engine.buffer import Plan, TokenBuffer
+from kvquant.engine.departed import Departed
 from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.offload import Place
 from kvquant.engine.packing import packed_bytes
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.window import WindowPolicy, buffer_capacity
@@ -38,6 +41,7 @@ class StagedUpdate:
     body: Staged
     sink: Tensor | None
     recent: Plan
+    departed: Departed | None
 
 
 class Store:
@@ -45,14 +49,16 @@ class Store:
 
     Attributes:
         policy: what decides which tokens are quantised.
+        place: where the body is to be.
         body: the quantised tokens.
         sink: ``[batch, kv_heads, sink_length, head_dim]``, or None while nothing is quantised; empty once all of it
             is out of view.
         recent: the tokens after the body (all tokens, while nothing is quantised).
+        departed: what left the window with the last update, if that was to be remembered.
         version: rises with every change, so that what was handed out can tell that it is out of date.
     """
 
-    def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, body_device: torch.device | None) -> None:
+    def __init__(self, like: Tensor, encoder: Encoder, policy: WindowPolicy, place: Place) -> None:
         """Make an empty store for states like `like` ``[batch, kv_heads, any, head_dim]``."""
         self.policy = policy
         self.dtype, self.device = like.dtype, like.device
@@ -60,7 +66,9 @@ class Store:
         self.version = 0
         self.sink: Tensor | None = None
         self._sink_hidden = 0
-        self.body = Body(encoder, policy, like, body_device or like.device)
+        self.departed: Departed | None = None
+        self.place = place
+        self.body = Body(encoder, policy, like, place.device or like.device, offload=place.offload)
         self.recent = TokenBuffer(like, policy.slack, policy.most_recent)
 
     # -------------------------------------------------------------------------------------------- shape
@@ -116,12 +124,13 @@ class Store:
         """Return how many tokens will be quantised when `added` tokens are appended."""
         return self.policy.leaving(len(self.recent) + added - self._in_front)
 
-    def stage(self, states: Tensor, leaving: int) -> StagedUpdate:
+    def stage(self, states: Tensor, leaving: int, *, record: bool = False) -> StagedUpdate:
         """Do the work of appending `states`: quantise what will leave the window, write the rest. Nothing counts yet.
 
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``, about to be appended.
             leaving: what `leaving` said.
+            record: whether to remember what leaves, until the next update.
         """
         first = self._in_front if leaving else 0
         body = Staged()
@@ -132,12 +141,26 @@ class Store:
         sink = self._span(states, 0, first).clone() if leaving and self.sink is None else self.sink
         dropped = first + leaving
         from_buffer = min(dropped, len(self.recent))
-        return StagedUpdate(body, sink, self.recent.plan(from_buffer, states[:, :, dropped - from_buffer :]))
+        departed = self._departing(states, leaving) if leaving and record else None
+        recent = self.recent.plan(from_buffer, states[:, :, dropped - from_buffer :])
+        return StagedUpdate(body, sink, recent, departed)
+
+    def _departing(self, states: Tensor, leaving: int) -> Departed | None:
+        """Return what leaves with the last of `states`, of as many as stay exact: no more are taken back together."""
+        count = states.shape[2]
+        recorded = min(count, self.policy.residual_length)
+        before = self.leaving(count - recorded)
+        steps = tuple(self.leaving(tokens) - before for tokens in range(count - recorded + 1, count + 1))
+        if not steps or not steps[-1]:
+            return None
+        began, sink = self.sink is None and not before, 0 if before else self._in_front
+        span = self._span(states, self._in_front - sink + before, self._in_front + leaving)
+        return Departed(span.clone(), sink, began, steps)
 
     def commit(self, staged: StagedUpdate) -> None:
         """Make what was staged count: assignments only, so that this cannot fail half-way."""
         self.version += 1
-        self.sink = staged.sink
+        self.sink, self.departed = staged.sink, staged.departed
         self.recent.apply(staged.recent)
         self.body.commit(staged.body)
 
@@ -274,8 +297,16 @@ class Store:
     # -------------------------------------------------------------------------------------------- other changes
 
     def crop(self, tokens: int) -> None:
-        """Forget the newest `tokens` tokens. What remains is what was stored: nothing is quantised again."""
+        """Forget the newest `tokens` tokens. What remains is what was stored: nothing is quantised again.
+
+        What left the window with those of the last update, and has been remembered, comes back exact.
+        """
         self.version += 1
+        if self.departed is not None and tokens:
+            back, (self.departed, step) = self.departed, self.departed.without(tokens)
+            if quantized := back.staying(step)[1]:
+                self.body.truncate(len(self.body) - quantized)
+                self._take_back(back, step, self.body)
         from_recent = min(tokens, len(self.recent))
         self.recent.drop_back(from_recent)
         from_body = min(tokens - from_recent, len(self.body))
@@ -290,10 +321,44 @@ class Store:
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices` (int64 ``[new_batch]``, repeats allowed), in that order."""
         self.version += 1
+        self.departed = None if self.departed is None else self.departed.select(indices)
         if self.sink is not None:
             self.sink = self.sink.index_select(0, indices)
         self.body.select(indices)
         self.recent.select(indices)
+
+    def _take_back(self, departed: Departed, step: int, body: Body) -> None:
+        """Have those tokens in the window again that had not left it at a value of `departed.steps`.
+
+        Args:
+            departed: what left.
+            step: the value.
+            body: all other quantised tokens.
+        """
+        staying, _ = departed.staying(step)
+        self.body = body
+        self.recent.push_front(staying)
+        if departed.began and not step:
+            self.begin_at(0)
+
+    def as_of(self, queries: int) -> Iterator[tuple[int, int, Store]]:
+        """Yield ``(first, last, store)`` for runs of the last update's tokens: the store that each of them sees.
+
+        Where what left the window was remembered, that is what each would have seen had they come one by one.
+
+        Args:
+            queries: query tokens; if they are fewer than those that are remembered, they are others.
+        """
+        if self.departed is None or queries < len(self.departed.steps):
+            yield 0, queries, self
+            return
+        for first, last, step in self.departed.runs(queries):
+            store = copy.copy(self)
+            store.departed = None
+            if quantized := self.departed.staying(step)[1]:
+                store.recent = copy.copy(self.recent)
+                store._take_back(self.departed, step, self.body.without(quantized))
+            yield first, last, store
 
     def replaced(self, states: Tensor) -> Store:
         """Return a store that holds other states, of the same length, exact and quantised in the same places.
@@ -302,7 +367,7 @@ class Store:
             states: ``[batch, kv_heads, len(self), head_dim]``.
         """
         body = self.body
-        store = Store(states, body.encoder, self.policy, body.device)
+        store = Store(states, body.encoder, self.policy, self.place)
         if self.sink is not None:
             hidden = self.sink[:, :, : self._sink_hidden]
             store.sink = torch.cat([hidden, states[:, :, : self.sink_tokens]], dim=2)
@@ -312,13 +377,19 @@ class Store:
         store.recent.append(states[:, :, end:])
         return store
 
-    def to(self, device: torch.device) -> None:
-        """Move everything to `device`."""
-        self.version += 1
-        self.device = device
-        self.sink = None if self.sink is None else self.sink.to(device)
-        self.body.to(device)
-        self.recent.to(device)
+    def moved(self, device: torch.device) -> Store:
+        """Return the same store for states on `device`; the body stays where it was told to be."""
+        store, place = copy.copy(self), self.place
+        store.device, store.departed = device, None  # what departed is of the last update alone
+        store.sink = None if self.sink is None else self.sink.to(device)
+        store.body = self.body.moved(place.device or device, offload=place.offload)
+        store.recent = self.recent.moved(device)
+        return store
+
+    def offload(self) -> None:
+        """Have the body lie in host memory from now on, unless it was told to be elsewhere."""
+        self.place = Place(self.place.device, offload=self.place.device is None)
+        self.body = self.body.moved(self.body.device, offload=self.place.offload)
 
     # -------------------------------------------------------------------------------------------- written down
 
@@ -330,6 +401,8 @@ class Store:
         state = State(meta={**sizes, "dtype": dtype_name(self.dtype), **how, "block": self.policy.block})
         if self.sink is not None and self.sink.shape[2]:
             state.tensors["sink"] = self.sink
+        if self.departed is not None:
+            state.put("departed", self.departed.state())
         state.put("window", self.recent.state())
         state.put("body", self.body.state())
         return state
@@ -370,6 +443,10 @@ class Store:
         self.recent.restore(saved.part("window"))
         if self.policy.most is not None and len(self) > self.policy.most:
             raise saved.misfit(f"has {len(self)} tokens, and there is room for {self.policy.most}")
+        if "departed" in saved:
+            sizes = (self.batch, self.kv_heads, self.head_dim)
+            departed = Departed.restored(saved.part("departed"), sizes, dtype_name(self.dtype), len(self.body))
+            self.departed = replace(departed, states=departed.states.to(self.device, copy=True))
         if self.leaving(0):
             raise saved.misfit(f"has {len(self.recent)} tokens in its window, some of which should be quantised")
 
@@ -381,6 +458,8 @@ class Store:
             yield "sink", self.sink, self.sink.nbytes
         yield from self.body.parts()
         yield "window", self.recent.data, self.recent.view().nbytes
+        if self.departed is not None:
+            yield "window", self.departed.states, self.departed.states.nbytes
 
 
 def empty_states(saved: Saved, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 from kvquant.attention.counters import counters
 from kvquant.cache.cache import QuantizedCache, memory_of
 from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
+from kvquant.errors import KVQuantError
 
 #: Options with which nothing is quantised, an encoder's states included, and with which most tokens are.
 ALL_EXACT = {"residual_length": 4096, "sink_length": 4096}
@@ -135,7 +136,8 @@ def _result(mode: Mode, options: Mapping[str, Any]) -> ModeResult:
     try:
         expected = _seeded(mode.run, Caches(None))
     except Exception as problem:  # noqa: BLE001 # whatever it is, it has nothing to do with our cache
-        return ModeResult(mode.name, note=mode.note, missing=f"transformers says: {_first_line(problem)}")
+        said = "" if isinstance(problem, KVQuantError) else "transformers says: "
+        return ModeResult(mode.name, note=mode.note, missing=said + _first_line(problem))
     try:
         exact = _seeded(mode.run, Caches({**options, **ALL_EXACT}))
         counters.reset()

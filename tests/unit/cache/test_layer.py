@@ -108,11 +108,11 @@ def test_states_that_do_not_fit_what_is_held_are_refused(change, what):
     assert_unchanged(layer, before)
 
 
-def test_states_on_another_device_are_refused():
-    """The meta device stands in for a second GPU."""
+def test_states_without_numbers_are_refused():
+    """On the meta device there are none to store beside those held."""
     layer = make()
     layer.update(states(30), states(30))
-    with pytest.raises(StatesError, match="the device of the key states changed from cpu to meta"):
+    with pytest.raises(StatesError, match="the key states are on meta, which holds no numbers"):
         layer.update(states(1).to("meta"), states(1).to("meta"))
 
 

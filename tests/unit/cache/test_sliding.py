@@ -182,7 +182,7 @@ def test_a_failed_update_changes_nothing(monkeypatch):
     layer.lazy_initialization(*pairs([0])[0])
     store = type(layer.stores[1])
 
-    def fail(*_):
+    def fail(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:
