@@ -151,16 +151,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             QuantizationError, BackendContractError: the backend failed. Nothing was stored.
             PendingAssignmentError: keys were assigned and values that fit them were not.
         """
-        self._check_assigned()
-        self._check_states(key_states, value_states)
         first = len(self) == 0
-        self._use()
-        with _own_tensors():
-            stores = self._stores or self._new_stores(key_states, value_states)
-            if stores["key"].device != key_states.device:
-                stores = self._moved(stores, key_states.device)
-            self._append(stores, key_states, value_states)
-            self._stores = stores
+        self.append(key_states, value_states)
         if first:
             return key_states, value_states
         keys, values = self._stores["key"], self._stores["value"]
@@ -171,6 +163,18 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 return exact_keys.clone(), exact_values.clone()
             return exact_keys, exact_values
         return QuantizedStates(keys, "key"), QuantizedStates(values, "value")
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append states without handing anything out; arguments and errors are those of `update`."""
+        self._check_assigned()
+        self._check_states(key_states, value_states)
+        self.use()
+        with _own_tensors():
+            stores = self._stores or self._new_stores(key_states, value_states)
+            if stores["key"].device != key_states.device:
+                stores = self._moved(stores, key_states.device)
+            self._append(stores, key_states, value_states)
+            self._stores = stores
 
     def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
         check_pair(key_states, value_states, self.where)
@@ -372,7 +376,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         for store in self._stores.values():
             store.body.let_go()
 
-    def _use(self) -> None:
+    def use(self) -> None:
         """Say that the layer is about to be read."""
         if self._config.offload or (self._stores and self._stores["key"].body.is_offloaded):
             self.lookahead.turn(self)

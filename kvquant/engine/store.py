@@ -23,6 +23,7 @@ from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.departed import Departed
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.offload import Place
+from kvquant.engine.packing import packed_bytes
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.window import WindowPolicy, buffer_capacity
 
@@ -68,7 +69,7 @@ class Store:
         self.departed: Departed | None = None
         self.place = place
         self.body = Body(encoder, policy, like, place.device or like.device, offload=place.offload)
-        self.recent = TokenBuffer(like, policy.block, policy.most_recent)
+        self.recent = TokenBuffer(like, policy.slack, policy.most_recent)
 
     # -------------------------------------------------------------------------------------------- shape
 
@@ -413,9 +414,13 @@ class Store:
         """
         window = saved.part("window")
         held = window.integer("stop") - window.integer("start")
-        grown = buffer_capacity(max(held, 0) + 1, self.policy.block, self.policy.most_recent)
-        tokens = max(window.integer("capacity"), grown) + self.policy.page_tokens
-        return tokens * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+        grown = buffer_capacity(max(held, 0) + 1, self.policy.slack, self.policy.most_recent)
+        exact = max(window.integer("capacity"), grown) * self.head_dim * self.dtype.itemsize
+        scheme = self.body.encoder.scheme
+        # A scale and an offset, as wide as they get, for each group.
+        quantized = packed_bytes(self.head_dim, scheme.nbits) + 16 * -(-self.head_dim // scheme.group_size)
+        body = self.policy.page_capacity(0, 0) * quantized
+        return self.batch * self.kv_heads * (exact + body)
 
     def restore(self, saved: Saved) -> None:
         """Take on a saved state, in a store that was made for states like those (`empty_states`) and is empty.
@@ -436,6 +441,8 @@ class Store:
             else:
                 self.sink = self.recent.data.new_empty(shape)
         self.recent.restore(saved.part("window"))
+        if self.policy.most is not None and len(self) > self.policy.most:
+            raise saved.misfit(f"has {len(self)} tokens, and there is room for {self.policy.most}")
         if "departed" in saved:
             sizes = (self.batch, self.kv_heads, self.head_dim)
             departed = Departed.restored(saved.part("departed"), sizes, dtype_name(self.dtype), len(self.body))
