@@ -20,8 +20,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from kvquant.cache.cache import memory_of
 from kvquant.cache.compat import dynamic_layers, given
+from kvquant.cache.layers import memory_of
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.contenders import one_line
 from kvquant.evaluation.loading import DTYPES
