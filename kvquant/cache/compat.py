@@ -10,8 +10,22 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, cache_utils
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+    cache_utils,
+)
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvquant.errors import UnsupportedError
@@ -65,8 +79,12 @@ def dynamic_layers(config: PreTrainedConfig | None) -> list[object]:
         raise _unsupported(config, reason, "a newer one may have") from cause
 
 
-def quantizable_layers(config: PreTrainedConfig | None) -> list[object]:
+def quantizable_layers(config: PreTrainedConfig | None, max_cache_len: int | None = None) -> list[object]:
     """Return what `dynamic_layers` does, for a model of which some layers can be quantised.
+
+    Args:
+        config: the model's.
+        max_cache_len: with it, the layers are those of transformers' own cache of fixed size.
 
     Raises:
         UnsupportedError: there are none, or the model takes no cache of this kind; says what to use.
@@ -84,7 +102,7 @@ def quantizable_layers(config: PreTrainedConfig | None) -> list[object]:
     if not any(is_full_attention(layer) or sliding_window(layer) is not None for layer in layers):
         reason = f"none of its layers ({_layer_types(text, layers)}) holds keys and values alone, to be quantised"
         raise _unsupported(config, reason, "use transformers' DynamicCache(config=model.config)")
-    return layers
+    return layers if max_cache_len is None else _static_layers(config, max_cache_len)
 
 
 def _takes_dynamic_cache(config: PreTrainedConfig) -> bool:
@@ -103,9 +121,27 @@ def _unsupported(config: PreTrainedConfig, *reasons: str) -> UnsupportedError:
     return UnsupportedError("a quantised cache", reasons, f"{config.model_type} models")
 
 
+def _static_layers(config: PreTrainedConfig, max_cache_len: int) -> list[object]:
+    """Return the layers that transformers' own cache of fixed size has for a model.
+
+    Raises:
+        UnsupportedError: it has none for it, or none that would be quantised.
+    """
+    try:
+        layers = list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
+    except KeyError as cause:
+        reason = f"transformers {transformers.__version__} has no cache of fixed size for layers of type {cause}"
+        raise _unsupported(config, reason, "leave max_cache_len out") from cause
+    if not any(map(is_full_attention, layers)):
+        types = _layer_types(config.get_text_config(decoder=True), layers)
+        reason = f"with max_cache_len full attention alone is quantised, and its layers are {types}"
+        raise _unsupported(config, reason, "leave max_cache_len out, or use transformers' StaticCache")
+    return layers
+
+
 def is_full_attention(layer: object) -> bool:
-    """Whether a layer of the dynamic cache is plain full attention, which is what kvquant quantises."""
-    return type(layer) is DynamicLayer
+    """Whether a layer of transformers' own caches is plain full attention, which is what kvquant quantises."""
+    return type(layer) in (DynamicLayer, StaticLayer)
 
 
 def sliding_window(layer: object) -> int | None:
@@ -118,8 +154,9 @@ def sliding_window(layer: object) -> int | None:
 
 
 def layer_classes() -> dict[str, type]:
-    """Return the layers that transformers' dynamic caches are made of, by the names of their classes."""
-    return {kind.__name__: kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values()}
+    """Return the layers that transformers' own caches are made of, by the names of their classes."""
+    kinds = (*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values())
+    return {kind.__name__: kind for kind in kinds}
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

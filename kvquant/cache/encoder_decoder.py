@@ -19,21 +19,57 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig, PreTraine
 from transformers.cache_utils import DynamicLayer
 
 from kvquant.attention.states import QuantizedStates
-from kvquant.cache.cache import QuantizedCache, together
+from kvquant.attention.static import static_states
+from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import decoder_config, dynamic_layers, head_dim
 from kvquant.cache.io import Cross, load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.layers import together
+from kvquant.cache.own import own_tensors
+from kvquant.cache.static import TracedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import MemoryReport
 
 
-class CrossLayer(QuantizedLayer):
+class CrossLayer(TracedLayer):
     """A layer of an encoder's states: quantised once, and read as attributes.
 
     Attributes:
         keys, values: the states ``[batch, kv_heads, tokens, head_dim]``: plain tensors while nothing is quantised, then
-            `QuantizedStates`; None before the first update.
+            `QuantizedStates`; None before the first update. In a graph of `torch.compile`, `StaticStates`.
     """
+
+    def synchronise(self) -> None:
+        """Note what graphs read: the tokens held, and what their states are like."""
+        super().synchronise()
+        self._note()
+
+    def _note(self) -> None:
+        # A graph is made for one length of the encoder's states: it stays the same while a prompt is decoded.
+        self._tokens = len(self)
+        with own_tensors():
+            self._like = {
+                stream: store.recent.data.new_empty((store.batch, store.kv_heads, 0, store.head_dim))
+                for stream, store in self._stores.items()
+            }
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states and return what attention should use, see `QuantizedLayer.update`."""
+        if torch.compiler.is_compiling():
+            return self._handed_out_static(key_states, value_states, self._tokens + key_states.shape[2])
+        handed_out = super().update(key_states, value_states)
+        self.synchronise()
+        return handed_out
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append states without handing anything out."""
+        super().append(key_states, value_states)
+        self._note()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep batch rows `indices`: numbers in any order, or a mask."""
+        super().batch_select_indices(indices)
+        self.synchronise()
 
     @property
     def keys(self) -> Tensor | None:
@@ -54,12 +90,14 @@ class CrossLayer(QuantizedLayer):
         self._assign("value", states)
 
     def _handed_out(self, stream: str) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return static_states(self._like[stream], self._handle, self._length, None, stream, self._tokens)
         if stream in self._assigned or not self._stores:
             return self._read(stream)
         store = self._stores[stream]
         exact = store.exact()
         if exact is None:
-            self._use()
+            self.use()
             return QuantizedStates(store, stream)
         return exact.clone() if torch.is_grad_enabled() else exact
 
@@ -103,12 +141,12 @@ def _fill(cache: QuantizedCache, config: CacheConfig, layers: list[Any], *, fixe
 
 
 def cross_config(config: CacheConfig) -> CacheConfig:
-    """Return the options of a cross-attention cache: those of the whole, without a window of recent tokens."""
+    """Return the options of a cross-attention cache: those of the whole, without a window or room for more tokens."""
     layers = {
         key: {name: value for name, value in options.items() if name != "residual_length"}
         for key, options in config.layers.items()
     }
-    return dataclasses.replace(config, residual_length=0, layers=layers)
+    return dataclasses.replace(config, residual_length=0, layers=layers, max_cache_len=None)
 
 
 class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  # transformers ships no types for it

@@ -46,6 +46,7 @@ from kvquant.cache.layer_states import (
     restore,
     restored_layer,
 )
+from kvquant.cache.static import full_attention_layer
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
 from kvquant.engine.state import MisfitError, Saved, Source, State
@@ -303,7 +304,7 @@ def _layers(
     device: torch.device,
     templates: Sequence[Any] | None,
     model_config: PreTrainedConfig | None,
-    make: Maker = QuantizedLayer,
+    make: Maker = full_attention_layer,
 ) -> list[Any]:
     if templates is not None:
         _check_layers(header, parts, templates, head_dim(model_config))

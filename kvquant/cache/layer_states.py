@@ -17,9 +17,10 @@ from torch import Tensor
 from kvquant.cache.compat import layer_classes
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
+from kvquant.cache.static import TracedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.state import Saved, State, dtype_name
-from kvquant.engine.store import empty_states
+from kvquant.engine.stored import empty_states, restore_store, store_room, store_state
 from kvquant.errors import UnsavableCacheError
 
 #: The kinds of quantised layers; those of transformers' own are the names of their classes.
@@ -29,11 +30,12 @@ STREAMS = ("key", "value")
 #: Attributes that are types or devices; some layers get them with their first states only.
 _TYPES, _DEVICES = ("dtype", "indexer_dtype"), ("device", "indexer_device")
 
-#: Numbers that are None before the first states; all else that is None then are tensors.
-_LATE_NUMBERS = "conv_kernel_size"
+#: Numbers that are None, or missing, before the first states; all else that is None then are tensors.
+_SIZES = ("batch_size", "num_heads", "k_head_dim", "v_head_dim")
+_LATE_NUMBERS = ("conv_kernel_size", *_SIZES)
 
 #: What a layer's class wants to know, and the most that it may be.
-_ARGUMENTS = {"sliding_window": 1 << 40, "number_of_states": 1 << 10}
+_ARGUMENTS = {"sliding_window": 1 << 40, "max_cache_len": 1 << 40, "number_of_states": 1 << 10}
 
 
 def layer_state(layer: Any, where: str) -> State:
@@ -72,7 +74,7 @@ def _quantized_state(layer: QuantizedLayer, where: str) -> State:
     for stream, store in layer._stores.items():
         if not store.batch:
             raise UnsavableCacheError("it has no batch rows", where)
-        state.put(stream, store.state())
+        state.put(stream, store_state(store))
     return state
 
 
@@ -81,7 +83,7 @@ Maker = Callable[[CacheConfig, int], QuantizedLayer]
 
 
 def quantized_layer(
-    saved: Saved, config: CacheConfig, index: int, make: Maker = QuantizedLayer
+    saved: Saved, config: CacheConfig, index: int, make: Maker = full_attention_layer
 ) -> QuantizedLayer | None:
     """Return an empty layer of the kind of a saved one, or None where that is one of transformers' own.
 
@@ -117,7 +119,7 @@ def prepare(layer: QuantizedLayer, saved: Saved, device: torch.device) -> int:
     parts = [saved.part(stream) for stream in STREAMS]
     key_states, value_states = (empty_states(part, device) for part in parts)
     layer.lazy_initialization(key_states, value_states)
-    return sum(store.room(part) for store, part in zip(layer.stores, parts, strict=True))
+    return sum(store_room(store, part) for store, part in zip(layer.stores, parts, strict=True))
 
 
 def restore(layer: QuantizedLayer, saved: Saved) -> None:
@@ -133,12 +135,14 @@ def restore(layer: QuantizedLayer, saved: Saved) -> None:
     for stream, store in zip(STREAMS, layer.stores, strict=True):
         if freed:
             store.begin_at(freed)
-        store.restore(saved.part(stream))
+        restore_store(store, saved.part(stream))
         if hidden > max(0, len(store) - len(store.recent)):
             raise saved.misfit(f"has {hidden} tokens out of view, and fewer that could be")
         store.show_from(freed + hidden, free=False)
     if slides and (unseen := layer.get_mask_sizes(0)[1]) < freed + hidden:
         raise saved.misfit(f"has {freed + hidden} tokens out of view, and the next token sees all but {unseen}")
+    if isinstance(layer, TracedLayer):
+        layer.synchronise()
     keys, values = ((store.batch, store.kv_heads, len(store.body), len(store)) for store in layer.stores)
     if keys != values:
         raise saved.misfit(f"has keys of {keys} batch rows, heads, quantised tokens and tokens, and values of {values}")
@@ -191,15 +195,17 @@ def restored_layer(saved: Saved, device: torch.device, template: Any = None) -> 
     classes = layer_classes()
     kind, saved = saved.text("kind", classes), saved.part("attributes")
     arguments = {name: saved.integer(name, 1, most) for name, most in _ARGUMENTS.items() if name in saved}
+    # A window of fixed size keeps no more of it than the room that it has made; layers without a window ask for none.
+    window = {"sliding_window": arguments["max_cache_len"]} if "max_cache_len" in arguments else {}
     try:
-        layer = classes[kind](**arguments) if template is None else copy.deepcopy(template)
+        layer = classes[kind](**{**window, **arguments}) if template is None else copy.deepcopy(template)
     except TypeError as cause:
         raise saved.misfit(f"lacks what a {kind} is made of ({cause})") from cause
     for name, value in arguments.items():
         if vars(layer).get(name) != value:
             raise saved.misfit(f"has {name}={value}, and the model's is {vars(layer).get(name)}")
     for attribute in saved:
-        if attribute not in vars(layer) and attribute not in (*_TYPES, *_DEVICES):
+        if attribute not in vars(layer) and attribute not in (*_TYPES, *_DEVICES, *_SIZES):
             raise saved.misfit(f"has {attribute[:40]!r}, which no {kind} has")
         before, value = vars(layer).get(attribute), saved.value(attribute)
         if isinstance(before, dict):
@@ -240,7 +246,10 @@ def _read(saved: Saved, name: str, value: object, before: object, device: torch.
 
 
 def _check_states(layer: Any, saved: Saved) -> None:
-    """Refuse keys and values that do not go together."""
+    """Refuse keys and values that do not go together, or do not fit the room that there is for them."""
+    counted = vars(layer).get("cumulative_length", 0)
+    if isinstance(counted, Tensor) and (counted.dtype != torch.int64 or counted.dim() or int(counted) < 0):
+        raise saved.misfit("has a number of tokens that is none")
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None and values is None:
         return
@@ -250,3 +259,6 @@ def _check_states(layer: Any, saved: Saved) -> None:
         return
     if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
         raise saved.misfit(f"has keys {list(keys.shape)} and values {list(values.shape)}")
+    room = vars(layer).get("max_cache_len")
+    if room is not None and keys.shape[2] != room:
+        raise saved.misfit(f"has keys of {keys.shape[2]} tokens, and room for {room}")

@@ -171,7 +171,7 @@ class Body:
             before += page.length
         for page in self.pages[-1:]:
             page.discard()
-            if page.capacity - page.length > max(self._policy.page_tokens, tokens // 8):
+            if page.capacity - page.length > self._policy.spare(tokens):
                 page.trim(page.length)
         self._index()
 
@@ -306,14 +306,16 @@ class Body:
             MisfitError: it is not one of a body like this.
         """
         stored = 0
-        for part in saved.parts("pages"):
+        parts = list(saved.parts("pages"))
+        for part in parts:
             length = part.integer("length", 1)
             page: Page
             if self.encoder.border.is_opaque:
                 page = self._opaque_page(stored)
                 page.restore(part, length, batch)
             else:
-                most = length + max(self._policy.page_tokens, (stored + length) // 8, (self._policy.span or 0) // 8)
+                # Room behind a page that another has followed was given back.
+                most = length + (self._policy.spare(stored + length) if part is parts[-1] else 0)
                 shape = (batch, self.kv_heads, length, self.head_dim)
                 page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
                 page = page.mapped(self.home.keep)

@@ -66,6 +66,8 @@ class CacheConfig:
         layers: options for some layers alone: ``{0: {"nbits": 8}, range(2, 6): {"backend": "hqq"}}``; in a file
             ``"2-5"``. For a layer named twice the later entry wins.
         skip_layers: layers that stay in full precision; negative numbers count from the last.
+        max_cache_len: tokens that there is room for, prompt and new ones together. The cache is then of fixed size: its
+            shapes are the same at every step, and `torch.compile` can work with it. None for no limit.
         check_finite: whether NaN and infinity in the states are an error.
         options: the backend's own options.
 
@@ -92,6 +94,7 @@ class CacheConfig:
     offload: bool = False
     layers: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
+    max_cache_len: int | None = None
     check_finite: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,6 +109,9 @@ class CacheConfig:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)  # how a frozen dataclass normalises its own fields
+        if self.max_cache_len is not None and (not is_int(self.max_cache_len) or self.max_cache_len < 1):
+            expected = "a whole number of tokens, those of the prompt and the new ones, or None for no limit"
+            raise OptionValueError("max_cache_len", self.max_cache_len, expected)
         for name in ("offload", "check_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionValueError(name, getattr(self, name), "True or False")

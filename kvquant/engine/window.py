@@ -22,12 +22,14 @@ class WindowPolicy:
         residual_length: most recent tokens that are kept in full precision at least.
         block: tokens that are quantised at once.
         span: the most tokens that a later query sees; None for all there are.
+        most: tokens that there is room for from the start, in a cache of fixed size; None where room is made as needed.
     """
 
     sink_length: int
     residual_length: int
     block: int
     span: int | None = None
+    most: int | None = None
 
     def leaving(self, window: int) -> int:
         """Return how many of the oldest tokens of a window of `window` tokens leave it now: whole blocks only.
@@ -40,7 +42,13 @@ class WindowPolicy:
     @property
     def most_recent(self) -> int:
         """Tokens that are in full precision and not set apart as sink, at most, between two updates."""
-        return self.sink_length + self.residual_length + self.block - 1
+        recent = self.sink_length + self.residual_length + self.block - 1
+        return recent if self.most is None else min(recent, self.most)
+
+    @property
+    def slack(self) -> int:
+        """Spare tokens to allow for them when they are few."""
+        return self.block if self.most is None else self.most_recent
 
     @property
     def page_tokens(self) -> int:
@@ -57,7 +65,17 @@ class WindowPolicy:
         if self.span is not None:
             # What is out of view is given back a page at a time.
             return max(self.page_tokens, self.span // 8) // self.block * self.block
+        if self.most is not None:
+            return max(left, self.leaving(self.most - self.sink_length) - stored) // self.block * self.block
         return max(left, self.page_tokens, stored // 8) // self.block * self.block
+
+    def spare(self, stored: int) -> int:
+        """Return how many tokens the last page of the body may have room for beside those that it holds.
+
+        Args:
+            stored: tokens that the body holds.
+        """
+        return max(self.page_tokens, stored // 8, (self.span or 0) // 8) if self.most is None else self.most
 
     @property
     def pays(self) -> bool:

@@ -26,7 +26,8 @@ attributes, so that code need not parse text::
     │   ├── BackendExistsError (ValueError)         registered under a name that is taken
     │   └── BackendNotRegisteredError (ValueError)  unregistered without having been registered
     ├── StatesError (ValueError)            key and value states that do not fit the cache
-    │   └── NonFiniteStatesError            NaN or infinity in them
+    │   ├── NonFiniteStatesError            NaN or infinity in them
+    │   └── CacheFullError                  more of them than a cache of fixed size has room for
     ├── CacheFileError (ValueError)         a file that no cache can be made of
     │   ├── DamagedFileError                it is none, or was cut off or altered
     │   ├── FormatVersionError              it is of another version of the format
@@ -37,6 +38,7 @@ attributes, so that code need not parse text::
     ├── CropError (ValueError)              a crop that the cache cannot do
     ├── BackendContractError (TypeError)    a plugin returned something else than it promised
     ├── QuantizationError (RuntimeError)    a plugin raised while quantising or dequantising
+    ├── OutOfStepError (RuntimeError)       a compiled graph that lost count, in a step that failed
     ├── StaleStatesError (RuntimeError)     states read after the cache behind them has changed
     ├── ReadOnlyStatesError (RuntimeError)  states written to
     ├── ModelLoadError (OSError)            a model that could not be loaded
@@ -98,10 +100,12 @@ from kvquant.errors.scaffold import (
 )
 from kvquant.errors.states import (
     BackendContractError,
+    CacheFullError,
     CropError,
     MissingExtraError,
     ModelLoadError,
     NonFiniteStatesError,
+    OutOfStepError,
     PendingAssignmentError,
     QuantizationError,
     ReadOnlyStatesError,
@@ -147,10 +151,12 @@ __all__ = [
     "PluginNameTakenError",
     "ProjectFolderError",
     "BackendContractError",
+    "CacheFullError",
     "CropError",
     "MissingExtraError",
     "ModelLoadError",
     "NonFiniteStatesError",
+    "OutOfStepError",
     "PendingAssignmentError",
     "QuantizationError",
     "ReadOnlyStatesError",

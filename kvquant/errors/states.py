@@ -35,6 +35,41 @@ class NonFiniteStatesError(StatesError):
         )
 
 
+class CacheFullError(StatesError):
+    """More states than a cache of fixed size has room for; nothing was stored.
+
+    Attributes:
+        max_cache_len: tokens that it has room for.
+        length: tokens that it holds.
+        added: tokens that were to come.
+    """
+
+    def __init__(self, max_cache_len: int, length: int, added: int, where: str = "") -> None:
+        self.max_cache_len, self.length, self.added = max_cache_len, length, added
+        super().__init__(
+            f"max_cache_len={max_cache_len} leaves no room for {added} more tokens beside the {length} that the cache "
+            f"holds; it counts prompt and new tokens together, and {length + added} would do",
+            where,
+        )
+
+
+class OutOfStepError(KVQuantError, RuntimeError):
+    """A compiled graph counts other tokens than a layer of the cache holds: an earlier step has failed half-way.
+
+    Attributes:
+        counted: tokens by the graph's count.
+        length: tokens that the layer holds.
+        where: the layer, e.g. ``"layer 3"``.
+    """
+
+    def __init__(self, counted: int, length: int, where: str) -> None:
+        self.counted, self.length, self.where = counted, length, where
+        super().__init__(
+            f"{where} holds {length} tokens where the compiled graph counted {counted}: an earlier step has failed "
+            "half-way. cache.align_layers() mends the count."
+        )
+
+
 class CropError(KVQuantError, ValueError):
     """A crop that cannot be done.
 

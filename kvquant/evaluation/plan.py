@@ -66,6 +66,11 @@ class PlanOptions:
         other = [candidate.label for candidate in self.candidates if candidate.kind not in (FULL, "kvquant")]
         if other:
             raise OptionValueError("backend", other[0], "a backend or a preset of kvquant")
+        for candidate in self.candidates:
+            room = candidate.options.get("max_cache_len") if candidate.kind == "kvquant" else None
+            if room is not None:
+                expected = f"None: what a cache of fixed size takes is planned with a context of {room} tokens"
+                raise OptionValueError("max_cache_len", room, expected)
 
     def arrival(self, model: ModelShape) -> tuple[int, int]:
         """Return the tokens in the cache, and how many of them come one at a time.

@@ -66,7 +66,7 @@ class _Store:
             self._grow(leaving)
         from_buffer = min(dropped, len(self.recent))
         added = tokens - (dropped - from_buffer)
-        self.recent = self.recent.appended(from_buffer, added, policy.block, policy.most_recent)
+        self.recent = self.recent.appended(from_buffer, added, policy.slack, policy.most_recent)
         if policy.span is not None:
             self._free(seen - policy.span)
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvquant.attention.states import QuantizedStates, attend_packed
+from kvquant.attention.lazy import LazyStates
 from kvquant.attention.tiles import Exact, attend
 from kvquant.errors import UnsupportedError
 
@@ -76,14 +76,17 @@ def attention_forward(
         "softcap": softcap,
         "sinks": s_aux,
     }
-    mixed = attend_packed(query, key, value, attention_mask, gqa=True, **options)
+    mixed = None
+    if isinstance(key, LazyStates):
+        mixed = key.attend(query, key, value, attention_mask, gqa=True, **options)
+        attention_mask = key.hidden(attention_mask, is_causal=options["is_causal"])
     if mixed is None:
         mixed = attend(query, Exact(_numbers(key)), Exact(_numbers(value)), attention_mask, **options)
     return mixed.transpose(1, 2).contiguous(), None
 
 
 def _numbers(states: Tensor) -> Tensor:
-    return states.dequantize() if isinstance(states, QuantizedStates) else states
+    return states.dequantize() if isinstance(states, LazyStates) else states
 
 
 def register() -> None:

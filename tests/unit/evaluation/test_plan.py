@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvquant
-from kvquant.cache.cache import QuantizedCache, memory_of
+from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.layers import memory_of
 from kvquant.demo import HELDOUT_FILE, MODEL_DIR
 from kvquant.engine.memory import MemoryReport
 from kvquant.engine.window import WindowPolicy
@@ -394,6 +395,7 @@ def test_widths_of_a_backend_that_names_none():
         ({"text": "reference:tries=3"}, UnsupportedError, "option 'tries' is unknown"),
         ({"text": "reference:2:token:group_size=24"}, UnsupportedError, "group_size=24 does not divide head_dim=32"),
         ({"text": "transformers:quanto:4"}, OptionValueError, "a backend or a preset of kvquant"),
+        ({"text": "reference:4:max_cache_len=64"}, OptionValueError, "planned with a context of 64 tokens"),
         ({"context": 0}, OptionValueError, "context=0"),
         ({"context": 100, "decode": 100}, OptionValueError, "decode=100 cannot work: expected fewer tokens"),
         ({"batch": 0}, OptionValueError, "batch=0"),
