@@ -206,8 +206,15 @@ TestOffloaded = pytest.mark.usefixtures("formats", "apart")(OffloadedMachine.Tes
 
 
 @pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize("backend", KINDS)
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=lambda mode: str(*mode))
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("test-affine", {"num_beams": 3}),
+        ("test-opaque", {"num_beams": 2}),
+        ("test-affine", {"prompt_lookup_num_tokens": 3}),
+    ],
+)
 def test_the_same_tokens(model, backend, mode):
     """Bit for bit what the cache holds as well: greedily, with beams, and with tokens that are taken back."""
     caches = [QuantizedCache(backend, model.config, offload=on, **OPTIONS) for on in (False, True)]
