@@ -81,12 +81,15 @@ class StaticStates(LazyStates):
         """Return the mask that attention over the numbers of these keys needs: one that hides tokens not there yet.
 
         Args:
-            mask: the one that it was given, which does so; None for none.
-            is_causal: whether causality does.
+            mask: the one that it was given, None for none.
+            is_causal: whether causality hides what comes after a query.
         """
-        if mask is not None or is_causal:
-            return mask
-        return (torch.arange(self.shape[-2], device=self.device) < self.length.to(self.device))[None, None, None]
+        if mask is None and is_causal:
+            return None
+        there = (torch.arange(self.shape[-2], device=self.device) < self.length.to(self.device))[None, None, None]
+        if mask is None:
+            return there
+        return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's stub names a parameter of no use here
         shape = f"shape={list(self.shape)}, dtype={self.dtype}"
