@@ -19,7 +19,7 @@ from transformers import (
 import kvquant.integrations.transformers as integration
 from kvquant import QuantizedCache, QuantizedEncoderDecoderCache
 from kvquant.attention.counters import counters
-from kvquant.errors import CacheFullError, OutOfStepError, QuantizationError, UnsupportedError
+from kvquant.errors import CacheFullError, GraphGradientError, OutOfStepError, QuantizationError, UnsupportedError
 from tests.support import SMALL_MODEL, MinMax
 
 ROOM, PROMPT, STEPS = 64, 20, 36
@@ -185,6 +185,38 @@ def test_a_layer_s_attention_in_a_graph(kind, attention, backend):
     assert graphs() == before + 1
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+def test_what_a_graph_reads_of_the_length_is_what_it_was_there():
+    """Before an update that is the length before it, also where inductor computes with it after."""
+    made = [fixed(small_model("grouped queries")).layers[0] for _ in range(2)]
+    states = torch.randn(2, 2, 1, 16)
+
+    def step(layer):
+        before = torch.arange(16) + layer.get_seq_length()
+        keys, values = layer.update(states, states)
+        seen = torch.nn.functional.scaled_dot_product_attention(states, keys, values)
+        return seen * 0 + before, seen * 0 + layer.get_seq_length()
+
+    for wrapped in (torch.compile(step, fullgraph=True), step):
+        layer = made.pop()
+        with torch.no_grad():
+            for length in range(3):
+                before, after = wrapped(layer)
+                assert torch.equal(before[0, 0, 0], torch.arange(16) + float(length))
+                assert bool((after == length + 1).all())
+
+
+def test_a_compiled_step_works_where_gradients_are_on_and_has_none(llama, step):
+    """A backward pass would give wrong ones, and is an error."""
+    cache = fixed(llama)
+    decode(llama, cache, steps=2)
+    expected = decode_one(llama.forward, copy.deepcopy(cache))
+    logits = step(prompt(1), past_key_values=cache).logits
+    assert_alike(logits, expected)
+    with pytest.raises(GraphGradientError, match="no gradients through the cache"):
+        logits.sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------ generate
 
 
@@ -207,7 +239,7 @@ def everywhere():
     ids=["greedy", "sampling", "beam search", "chunked prefill", "prompt lookup"],
 )
 def test_transformers_own_compilation_gives_the_tokens_of_the_dynamic_cache(options, has_graph):
-    """Left-padded, in every mode; with a config, and without one where the prefill makes the layers."""
+    """Left-padded, in every mode; with a config, and without one, where the prefill makes the layers."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SMALL_MODEL, "num_hidden_layers": 1})).eval()
     ids = prompt(batch=1 if "prompt_lookup_num_tokens" in options else 2)
@@ -219,9 +251,7 @@ def test_transformers_own_compilation_gives_the_tokens_of_the_dynamic_cache(opti
         return model.generate(ids, attention_mask=shown, max_new_tokens=30, past_key_values=cache, **options, **more)
 
     tokens = generate(QuantizedCache(config=model.config, **OPTIONS))
-    for config in (model.config, None):
-        if "prefill_chunk_size" in options and config is None:
-            continue  # transformers compiles such a prefill
+    for config in (model.config, None) if options == {"do_sample": False} else (model.config,):
         cache = QuantizedCache(config=config, max_cache_len=ROOM, **OPTIONS)
         assert torch.equal(generate(cache, compile_config=everywhere()), tokens)
     assert hasattr(model, "_compiled_call") == has_graph
@@ -327,7 +357,9 @@ class FailsOnce(MinMax):
 def test_a_step_that_failed_half_way_is_not_gone_on_from_unnoticed(llama, step, backend):
     """Layers before the one that failed hold the tokens of the step; `align_layers` takes them back."""
     cache = fixed(llama, backend=backend(FailsOnce), layers={0: {"residual_length": 100}})
+    before = graphs()
     decode(llama, cache, steps=5, step=step)
+    assert graphs() == before  # other options make no other graph
     FailsOnce.fails = True
     with pytest.raises(QuantizationError, match="now"):
         decode_one(step, cache)
