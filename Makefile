@@ -9,7 +9,7 @@ INPUTS := pyproject.toml .ci/constraints.txt
 # A second environment with the oldest transformers that pyproject.toml allows; huggingface_hub is the one that fits it.
 OLDEST   := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 VENV_OLD := .venv-oldest
-OLD_TESTS := tests/unit/cache tests/unit/attention/test_states.py tests/unit/attention/test_tiles.py tests/integration
+OLD_TESTS := tests/unit/cache tests/unit/attention/test_states.py tests/integration
 # These need the harness, or install packages in environments of their own: nothing that transformers' version changes.
 OLD_LEFT := $(patsubst %,--ignore tests/integration/test_%.py,lm_eval new_plugin_project plugins_page stranger)
 

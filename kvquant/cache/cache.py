@@ -13,16 +13,16 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from kvquant.attention.dispatch import kernel_for
-from kvquant.cache.compat import head_dim, is_full_attention, quantizable_layers, sliding_window
+from kvquant.cache.compat import head_dim, quantizable_layers
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.cache.sliding import QuantizedSlidingLayer
+from kvquant.cache.layers import check_crop, check_updated_once, memory_of, quantized_layer, together
 from kvquant.cache.static import TracedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
-from kvquant.engine.memory import LayerMemory, MemoryReport, format_bytes, layer_memory
+from kvquant.engine.memory import MemoryReport, format_bytes
 from kvquant.engine.options import parse_layers
 from kvquant.engine.settings import check_device, layer_settings
-from kvquant.errors import CropError, UnsupportedError
+from kvquant.errors import UnsupportedError
 
 _WITHOUT_CONFIG = "a cache without a model's config"
 _NO_LAYERS = "it has no layers before the first update; make it with config=model.config"
@@ -172,12 +172,12 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         layers: list[Any] = []
         for index, template in enumerate(templates):
             skipped = config.skips(index, len(templates))
-            layers.append(template if skipped else _quantized(template, config, index, channels) or template)
+            layers.append(template if skipped else quantized_layer(template, config, index, channels) or template)
         super().__init__(layers=together(layers))
 
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
-        _check_updated_once(self.layers)
+        check_updated_once(self.layers)
         if torch.compiler.is_compiling() and fixed is not None:  # what outlives a graph cannot be made in it
             raise UnsupportedError(_WITHOUT_CONFIG, [_NO_LAYERS], "a compiled prefill")
         if self.config.skips(index):
@@ -250,9 +250,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             CropError: a positive number, or more tokens than there are.
         """
         for index, layer in enumerate(self.layers):
-            _check_crop(index, layer, tokens_to_remove)
+            check_crop(index, layer, tokens_to_remove)
         if not self.layers:
-            _check_crop(0, DynamicLayer(), tokens_to_remove)
+            check_crop(0, DynamicLayer(), tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def align_layers(self) -> int:
@@ -276,7 +276,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
         ahead = [index for index, length in lengths.items() if length > shortest]
         for index in ahead:
-            _check_crop(index, self.layers[index], shortest - lengths[index])
+            check_crop(index, self.layers[index], shortest - lengths[index])
         for index in ahead:
             self.layers[index].crop(shortest - lengths[index])
         for layer in self.layers:
@@ -331,47 +331,6 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         )
 
 
-def _quantized(template: object, config: CacheConfig, index: int, channels: int | None) -> QuantizedLayer | None:
-    """Return the layer that takes the place of one of transformers' own, or None where it stays as it is.
-
-    Full attention is quantised, sliding windows where it pays, unless the cache is of fixed size; all else keeps
-    transformers' own layer.
-
-    Raises:
-        UnsupportedError: the backend cannot do what is asked for states of `channels` channels.
-    """
-    window = sliding_window(template)
-    if window is None and not is_full_attention(template):
-        return None
-    layer = full_attention_layer(config, index) if window is None else QuantizedSlidingLayer(config, index, window)
-    key_scheme, value_scheme = (one.scheme(channels) for one in (layer.settings.key, layer.settings.value))
-    return layer if layer.policy(key_scheme, value_scheme).pays else None
-
-
-def together(layers: list[Any]) -> list[Any]:
-    """Have the quantised layers of a cache be fetched ahead of each other, and return all."""
-    ours = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
-    for layer in ours:
-        layer.lookahead = ours[0].lookahead
-    return layers
-
-
-def _check_updated_once(layers: list[Any]) -> None:
-    """Refuse another layer where the one before has been updated more than once since it was made, just before.
-
-    Raises:
-        UnsupportedError: it has, as decoders do that attend to an encoder and find only one cache.
-    """
-    last = layers[-1] if layers else None
-    if isinstance(last, QuantizedLayer) and last.is_initialized and last.stores[0].version > 1:
-        reasons = [
-            f"{last.where} was updated more than once before the next layer was at all, so its states may be mixed up",
-            "for encoder-decoder models use kvquant.QuantizedEncoderDecoderCache(config=model.config, ...)",
-            "after a forward pass that failed half-way call reset()",
-        ]
-        raise UnsupportedError("this cache", reasons)
-
-
 def _attention(layers: list[Any]) -> str:
     """Return what attends over the quantised tokens of these layers when the next token is decoded."""
     found: dict[str, None] = {}
@@ -380,36 +339,3 @@ def _attention(layers: list[Any]) -> str:
             name, reason = kernel_for(*layer.stores)
             found[f"{name} ({reason})" if reason else name] = None
     return ", ".join(found)
-
-
-def memory_of(index: int, layer: Any) -> LayerMemory:
-    """Return what the memory of a layer is made of, of transformers' own layers too.
-
-    Args:
-        index: the layer's number.
-        layer: any layer of a cache; layers of linear attention keep their states in mappings.
-    """
-    if isinstance(layer, QuantizedLayer):
-        return layer.memory()
-    values = [
-        part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])
-    ]
-    held = [value for value in values if isinstance(value, Tensor)]
-    tokens = layer.get_seq_length() if held and hasattr(layer, "get_seq_length") else 0
-    return layer_memory(index, int(tokens), (0, 0), [("full precision", tensor, tensor.nbytes) for tensor in held])
-
-
-def _check_crop(index: int, layer: Any, tokens_to_remove: int) -> None:
-    """Raise what cropping `layer` would raise, and what transformers' own layers do wrong without a word."""
-    if isinstance(layer, QuantizedLayer):
-        layer.check_crop(tokens_to_remove)
-        return
-    if not isinstance(layer, CacheLayerMixin):
-        return
-    length = int(layer.get_seq_length())
-    if tokens_to_remove > 0 or -tokens_to_remove > length > 0:
-        raise CropError(tokens_to_remove, length)
-    window = getattr(layer, "sliding_window", None)
-    if tokens_to_remove and window is not None and length >= window and not getattr(layer, "record_past", False):
-        reason = f"layer {index} keeps a sliding window of {window} tokens, which has moved on and cannot go back"
-        raise CropError(tokens_to_remove, length, reason)

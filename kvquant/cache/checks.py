@@ -88,3 +88,9 @@ def check_assigned(stream: str, states: object, where: str) -> None:
 def _check_floating(stream: str, states: Tensor, where: str) -> None:
     if not states.is_floating_point():
         raise StatesError(f"{stream} states need a floating type, got {states.dtype}", where)
+
+
+def same_kind(states: Tensor, store: Store) -> bool:
+    """Whether `states` can take the place of what `store` holds, token for token."""
+    held = (store.batch, store.kv_heads, len(store), store.head_dim)
+    return tuple(states.shape) == held and states.dtype == store.dtype and states.device == store.device

@@ -19,10 +19,12 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig, PreTraine
 from transformers.cache_utils import DynamicLayer
 
 from kvquant.attention.states import QuantizedStates
-from kvquant.cache.cache import QuantizedCache, together
+from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import decoder_config, dynamic_layers, head_dim
 from kvquant.cache.io import Cross, load_cache, save_cache
-from kvquant.cache.layer import QuantizedLayer, _own_tensors
+from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.layers import together
+from kvquant.cache.own import own_tensors
 from kvquant.cache.static import TracedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import MemoryReport
@@ -44,7 +46,7 @@ class CrossLayer(TracedLayer):
     def _note(self) -> None:
         # A graph is made for one length of the encoder's states: it stays the same while a prompt is decoded.
         self._tokens = len(self)
-        with _own_tensors():
+        with own_tensors():
             self._like = {
                 stream: store.recent.data.new_empty((store.batch, store.kv_heads, 0, store.head_dim))
                 for stream, store in self._stores.items()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.attention.states import QuantizedStates
-from kvquant.cache.checks import check_assigned, check_finite, check_pair, check_same
+from kvquant.cache.checks import check_assigned, check_finite, check_pair, check_same, same_kind
 from kvquant.cache.lookahead import Lookahead
+from kvquant.cache.own import own_tensors
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
@@ -27,13 +26,6 @@ from kvquant.plugin.spec import Scheme
 from kvquant.transforms.rotations import Rotation
 
 _STREAMS = ("key", "value")
-
-
-@contextlib.contextmanager
-def _own_tensors() -> Iterator[None]:
-    """Make tensors that outlive the caller's mode: a cache filled in inference mode can go on outside it."""
-    with torch.inference_mode(False), torch.no_grad():  # noqa: FBT003  # torch.compile knows it by position only
-        yield
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types for it
@@ -109,7 +101,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
         layer = type(self).__new__(type(self))
         memo[id(self)] = layer
-        with _own_tensors():
+        with own_tensors():
             layer.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return layer
 
@@ -132,7 +124,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty stores for states like these ``[batch, kv_heads, any, head_dim]``."""
-        with _own_tensors():
+        with own_tensors():
             self._stores = self._new_stores(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -169,7 +161,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         self._check_assigned()
         self._check_states(key_states, value_states)
         self.use()
-        with _own_tensors():
+        with own_tensors():
             stores = self._stores or self._new_stores(key_states, value_states)
             if stores["key"].device != key_states.device:
                 stores = self._moved(stores, key_states.device)
@@ -267,10 +259,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
             check_finite(stream, states, 0, self.where)
         partner = _STREAMS[1 - _STREAMS.index(stream)]
         held = self._stores.get(stream)
-        with _own_tensors():
+        with own_tensors():
             if partner in self._assigned:
                 self._assign_both(stream, states, partner)
-            elif held is not None and _same_kind(states, held):
+            elif held is not None and same_kind(states, held):
                 self._stores[stream] = held.replaced(states)
                 self._assigned.clear()
             else:
@@ -311,7 +303,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         """
         tokens_to_remove = self.check_crop(tokens_to_remove)
         if tokens_to_remove and self._stores:
-            with _own_tensors():
+            with own_tensors():
                 for store in self.stores:
                     store.crop(-tokens_to_remove)
 
@@ -345,7 +337,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         order = torch.arange(batch, device=device)[torch.as_tensor(indices, device=device)]
         if order.shape[0] == batch and torch.equal(order, torch.arange(batch, device=device)):
             return  # most steps of a beam search keep the order
-        with _own_tensors():
+        with own_tensors():
             for store in self.stores:
                 store.select(order)
 
@@ -360,7 +352,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
 
         Where the config names a device for them they stay there.
         """
-        with _own_tensors():
+        with own_tensors():
             for store in self._stores.values():
                 if not store.place.offload:
                     store.offload()
@@ -403,9 +395,3 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         quantized = stores[0].body.held if stores else 0
         elements = sum(quantized * store.batch * store.kv_heads * store.head_dim for store in stores)
         return layer_memory(self.index, len(self), (quantized, elements), parts)
-
-
-def _same_kind(states: Tensor, store: Store) -> bool:
-    """Whether `states` can take the place of what `store` holds, token for token."""
-    held = (store.batch, store.kv_heads, len(store), store.head_dim)
-    return tuple(states.shape) == held and states.dtype == store.dtype and states.device == store.device

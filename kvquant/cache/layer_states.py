@@ -20,7 +20,7 @@ from kvquant.cache.sliding import QuantizedSlidingLayer
 from kvquant.cache.static import TracedLayer, full_attention_layer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.state import Saved, State, dtype_name
-from kvquant.engine.store import empty_states
+from kvquant.engine.stored import empty_states, restore_store, store_room, store_state
 from kvquant.errors import UnsavableCacheError
 
 #: The kinds of quantised layers; those of transformers' own are the names of their classes.
@@ -74,7 +74,7 @@ def _quantized_state(layer: QuantizedLayer, where: str) -> State:
     for stream, store in layer._stores.items():
         if not store.batch:
             raise UnsavableCacheError("it has no batch rows", where)
-        state.put(stream, store.state())
+        state.put(stream, store_state(store))
     return state
 
 
@@ -119,7 +119,7 @@ def prepare(layer: QuantizedLayer, saved: Saved, device: torch.device) -> int:
     parts = [saved.part(stream) for stream in STREAMS]
     key_states, value_states = (empty_states(part, device) for part in parts)
     layer.lazy_initialization(key_states, value_states)
-    return sum(store.room(part) for store, part in zip(layer.stores, parts, strict=True))
+    return sum(store_room(store, part) for store, part in zip(layer.stores, parts, strict=True))
 
 
 def restore(layer: QuantizedLayer, saved: Saved) -> None:
@@ -135,7 +135,7 @@ def restore(layer: QuantizedLayer, saved: Saved) -> None:
     for stream, store in zip(STREAMS, layer.stores, strict=True):
         if freed:
             store.begin_at(freed)
-        store.restore(saved.part(stream))
+        restore_store(store, saved.part(stream))
         if hidden > max(0, len(store) - len(store.recent)):
             raise saved.misfit(f"has {hidden} tokens out of view, and fewer that could be")
         store.show_from(freed + hidden, free=False)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvquant.attention import operators
 from kvquant.attention.static import static_states
-from kvquant.cache.layer import QuantizedLayer, _own_tensors
+from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.own import own_tensors
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.settings import LayerSettings
 from kvquant.engine.window import WindowPolicy
@@ -32,7 +33,7 @@ class TracedLayer(QuantizedLayer):
 
     def _register(self) -> None:
         """Have operators know the layer. Its copies are others."""
-        with _own_tensors():
+        with own_tensors():
             self._handle = operators.register(self)
             self._count, self._length = torch.tensor(0), torch.tensor(0)
         self.synchronise()

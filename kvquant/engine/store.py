@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,15 +23,7 @@ from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.departed import Departed
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.offload import Place
-from kvquant.engine.packing import packed_bytes
-from kvquant.engine.state import Saved, State, dtype_name
-from kvquant.engine.window import WindowPolicy, buffer_capacity
-
-#: Types that states can be saved in.
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-#: The most batch rows, heads or channels that a saved state may speak of.
-_MOST_WIDE = 1 << 24
+from kvquant.engine.window import WindowPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +106,7 @@ class Store:
         return self.body.first_token + self.body.held + len(self.recent)
 
     @property
-    def _in_front(self) -> int:
+    def in_front(self) -> int:
         """Sink tokens that are still to be set apart, the oldest in the buffer."""
         return self.policy.sink_length if self.sink is None else 0
 
@@ -122,7 +114,7 @@ class Store:
 
     def leaving(self, added: int) -> int:
         """Return how many tokens will be quantised when `added` tokens are appended."""
-        return self.policy.leaving(len(self.recent) + added - self._in_front)
+        return self.policy.leaving(len(self.recent) + added - self.in_front)
 
     def stage(self, states: Tensor, leaving: int, *, record: bool = False) -> StagedUpdate:
         """Do the work of appending `states`: quantise what will leave the window, write the rest. Nothing counts yet.
@@ -132,7 +124,7 @@ class Store:
             leaving: what `leaving` said.
             record: whether to remember what leaves, until the next update.
         """
-        first = self._in_front if leaving else 0
+        first = self.in_front if leaving else 0
         body = Staged()
         if leaving:
             position = self.body.first_token + self.body.held
@@ -153,8 +145,8 @@ class Store:
         steps = tuple(self.leaving(tokens) - before for tokens in range(count - recorded + 1, count + 1))
         if not steps or not steps[-1]:
             return None
-        began, sink = self.sink is None and not before, 0 if before else self._in_front
-        span = self._span(states, self._in_front - sink + before, self._in_front + leaving)
+        began, sink = self.sink is None and not before, 0 if before else self.in_front
+        span = self._span(states, self.in_front - sink + before, self.in_front + leaving)
         return Departed(span.clone(), sink, began, steps)
 
     def commit(self, staged: StagedUpdate) -> None:
@@ -391,65 +383,6 @@ class Store:
         self.place = Place(self.place.device, offload=self.place.device is None)
         self.body = self.body.moved(self.body.device, offload=self.place.offload)
 
-    # -------------------------------------------------------------------------------------------- written down
-
-    def state(self) -> State:
-        """Return what the store is, without its spare room."""
-        scheme = self.body.encoder.scheme
-        sizes = {"batch": self.batch, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
-        how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
-        state = State(meta={**sizes, "dtype": dtype_name(self.dtype), **how, "block": self.policy.block})
-        if self.sink is not None and self.sink.shape[2]:
-            state.tensors["sink"] = self.sink
-        if self.departed is not None:
-            state.put("departed", self.departed.state())
-        state.put("window", self.recent.state())
-        state.put("body", self.body.state())
-        return state
-
-    def room(self, saved: Saved) -> int:
-        """Return the bytes that a saved state may take beside the file, once it is restored and updated.
-
-        Nothing of it is allocated yet: a file can speak of any number of tokens.
-        """
-        window = saved.part("window")
-        held = window.integer("stop") - window.integer("start")
-        grown = buffer_capacity(max(held, 0) + 1, self.policy.slack, self.policy.most_recent)
-        exact = max(window.integer("capacity"), grown) * self.head_dim * self.dtype.itemsize
-        scheme = self.body.encoder.scheme
-        # A scale and an offset, as wide as they get, for each group.
-        quantized = packed_bytes(self.head_dim, scheme.nbits) + 16 * -(-self.head_dim // scheme.group_size)
-        body = self.policy.page_capacity(0, 0) * quantized
-        return self.batch * self.kv_heads * (exact + body)
-
-    def restore(self, saved: Saved) -> None:
-        """Take on a saved state, in a store that was made for states like those (`empty_states`) and is empty.
-
-        Raises:
-            MisfitError: it is not one of a store like this.
-        """
-        scheme = self.body.encoder.scheme
-        how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
-        for name, here in {**how, "block": self.policy.block}.items():
-            if saved.value(name) != here:
-                raise saved.misfit(f"was quantised with {name}={saved.value(name)!r}, and the config asks for {here!r}")
-        self.body.restore(saved.part("body"), self.batch)
-        if len(self.body):
-            shape = (self.batch, self.kv_heads, self._in_front, self.head_dim)
-            if self._in_front:
-                self.sink = saved.take("sink", shape, [dtype_name(self.dtype)]).to(self.device, copy=True)
-            else:
-                self.sink = self.recent.data.new_empty(shape)
-        self.recent.restore(saved.part("window"))
-        if self.policy.most is not None and len(self) > self.policy.most:
-            raise saved.misfit(f"has {len(self)} tokens, and there is room for {self.policy.most}")
-        if "departed" in saved:
-            sizes = (self.batch, self.kv_heads, self.head_dim)
-            departed = Departed.restored(saved.part("departed"), sizes, dtype_name(self.dtype), len(self.body))
-            self.departed = replace(departed, states=departed.states.to(self.device, copy=True))
-        if self.leaving(0):
-            raise saved.misfit(f"has {len(self.recent)} tokens in its window, some of which should be quantised")
-
     # -------------------------------------------------------------------------------------------- accounting
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -460,15 +393,3 @@ class Store:
         yield "window", self.recent.data, self.recent.view().nbytes
         if self.departed is not None:
             yield "window", self.departed.states, self.departed.states.nbytes
-
-
-def empty_states(saved: Saved, device: torch.device) -> Tensor:
-    """Return states like those of a saved store, without tokens: ``[batch, kv_heads, 0, head_dim]``.
-
-    Raises:
-        MisfitError: there are no such states.
-    """
-    batch = saved.integer("batch", 0, _MOST_WIDE)
-    heads, head_dim = (saved.integer(size, 1, _MOST_WIDE) for size in ("kv_heads", "head_dim"))
-    dtype = getattr(torch, saved.text("dtype", _DTYPES))
-    return torch.empty((batch, heads, 0, head_dim), dtype=dtype, device=device)

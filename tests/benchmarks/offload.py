@@ -17,8 +17,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvquant import QuantizedCache
-from kvquant.cache.cache import memory_of
 from kvquant.cache.compat import given
+from kvquant.cache.layers import memory_of
 from kvquant.cli.console import machine_line
 from kvquant.engine.memory import format_bytes
 from kvquant.evaluation.measure import Spread, describe_machine, seconds

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from kvquant.cache.cache import memory_of
 from kvquant.cache.compat import dynamic_layers, given
+from kvquant.cache.layers import memory_of
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.contenders import one_line
 from kvquant.evaluation.loading import DTYPES
@@ -153,7 +153,7 @@ def _dtype(config: PreTrainedConfig) -> str:
 
 def _make(name: str, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder, and kvquant's caches are for models that are decoders alone"
+        reason = "it is an encoder-decoder, of which only a run tells how many states it caches; plans are for decoders"
         raise UnsupportedError(f"the model {name!r}", [reason], "plan")
     known = [auto for auto in _CLASSES if type(config) in auto._model_mapping]
     if not known:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from kvquant.cache.cache import QuantizedCache, memory_of
+from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.cache.layers import memory_of
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import PARTS, LayerMemory, MemoryReport, layer_memory
 from kvquant.engine.window import WindowPolicy

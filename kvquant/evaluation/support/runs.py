@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
 from kvquant.attention.counters import counters
-from kvquant.cache.cache import QuantizedCache, memory_of
+from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
+from kvquant.cache.layers import memory_of
 from kvquant.errors import KVQuantError
 
 #: Options with which nothing is quantised, an encoder's states included, and with which most tokens are.

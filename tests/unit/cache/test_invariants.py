@@ -121,7 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             rows = answer.codes * answer.scale[:, None] + answer.offset[:, None]
         expected = rows_to_states(rows, tuple(given_.shape), axis, group)
-        torch.testing.assert_close(read, expected, rtol=0, atol=4e-3)  # rounding of scales to float16
+        torch.testing.assert_close(read, expected, rtol=0, atol=8e-3)  # rounding of scales to float16
 
     @precondition(lambda self: self.length)
     @rule(data=st.data())

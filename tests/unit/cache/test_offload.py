@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 
 from kvquant import CacheConfig, QuantizedCache, QuantizedEncoderDecoderCache
 from kvquant.attention.kernels import VARIABLE
+from kvquant.cache.compat import given
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine import offload
 from kvquant.errors import OptionValueError
@@ -206,8 +207,15 @@ TestOffloaded = pytest.mark.usefixtures("formats", "apart")(OffloadedMachine.Tes
 
 
 @pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize("backend", KINDS)
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=lambda mode: str(*mode))
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("test-affine", {"num_beams": 3}),
+        ("test-opaque", {"num_beams": 2}),
+        ("test-affine", {"prompt_lookup_num_tokens": 3}),
+    ],
+)
 def test_the_same_tokens(model, backend, mode):
     """Bit for bit what the cache holds as well: greedily, with beams, and with tokens that are taken back."""
     caches = [QuantizedCache(backend, model.config, offload=on, **OPTIONS) for on in (False, True)]
@@ -227,6 +235,22 @@ def test_the_same_tokens(model, backend, mode):
     for plain, offloaded in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(plain.keys, offloaded.keys)
         assert torch.equal(plain.values, offloaded.values)
+
+
+@pytest.mark.usefixtures("apart")
+def test_compiled_steps(model):
+    """A cache of fixed size is fetched as any, from within a graph that knows nothing of it."""
+    ids = torch.randint(2, 128, (2, 50))
+    options = {"config": model.config, "max_cache_len": 100, **OPTIONS}
+    said = []
+    for forward, on in ((model, False), (torch.compile(model, fullgraph=True, backend="eager"), True)):
+        cache = QuantizedCache(offload=on, **options)
+        with torch.no_grad():
+            said.append([model(ids, **given(model, cache)).logits[:, -1:].argmax(-1)])
+            for _ in range(6):
+                said[-1].append(forward(said[-1][-1], **given(model, cache)).logits[:, -1:].argmax(-1))
+    assert torch.equal(*(torch.cat(tokens, dim=1) for tokens in said))
+    assert [bool(copies(layer)) for layer in cache.layers] == [True, False, True]
 
 
 @pytest.mark.usefixtures("apart")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvquant
-from kvquant.cache.cache import QuantizedCache, memory_of
+from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.layers import memory_of
 from kvquant.demo import HELDOUT_FILE, MODEL_DIR
 from kvquant.engine.memory import MemoryReport
 from kvquant.engine.window import WindowPolicy
