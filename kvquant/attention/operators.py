@@ -8,8 +8,10 @@ What they do is plain Python that runs at every call, so every backend and every
 has a fake implementation, which gives the shape of the result alone.
 
 An operator gets a layer as a number in a tensor. A graph then does not depend on which layer, of which cache, it was
-made with; were it a plain number, torch would compile anew for each. The tokens held are a tensor for the same reason,
-and `append` writes to it, by which the compiler knows what has to come before what.
+made with; were it a plain number, torch would compile anew for each. A count of the tokens held is a tensor for the
+same reason. `append` writes to it, and the others are given it: by that the compiler knows what has to come before
+what, and that a step that is left out, or done again, is not the same. Nothing but operators reads the count: inductor
+computes what it takes from a tensor when it is needed, and may find there what an operator has written since.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from kvquant.attention.counters import counters
 from kvquant.attention.tiles import Exact
 from kvquant.attention.tiles import attend as attend_exact
 from kvquant.engine.store import Store
-from kvquant.errors import OutOfStepError
+from kvquant.errors import GraphGradientError, OutOfStepError
 
 
 class Held(Protocol):
@@ -64,34 +66,35 @@ def register(layer: Held) -> Tensor:
     return torch.tensor(number)
 
 
-def _layer(handle: Tensor) -> Any:
+def layer(handle: Tensor) -> Any:
+    """Return the layer that is named."""
     return _layers[int(handle)]
 
 
 def version(handle: Tensor) -> int:
     """Return the version of a layer's stores; it rises with every change."""
-    return int(_layer(handle).stores[0].version)
+    return int(layer(handle).stores[0].version)
 
 
-def _in_step(handle: Tensor, length: Tensor) -> Any:
+def _in_step(handle: Tensor, count: Tensor) -> Any:
     """Return a layer that holds as many tokens as its graph counted.
 
     Raises:
         OutOfStepError: it holds others, and what would be read is not what was meant.
     """
-    layer = _layer(handle)
-    if int(length) != len(layer):
-        raise OutOfStepError(int(length), len(layer), layer.where)
-    layer.use()
-    return layer
+    held = layer(handle)
+    if int(count) != len(held):
+        raise OutOfStepError(int(count), len(held), held.where)
+    held.use()
+    return held
 
 
 # ------------------------------------------------------------------------------------------------ what they do
 
 
-def _append(key_states: Tensor, value_states: Tensor, handle: Tensor, length: Tensor) -> None:
-    _layer(handle).append(key_states, value_states)
-    length.add_(key_states.shape[2])
+def _append(key_states: Tensor, value_states: Tensor, handle: Tensor, count: Tensor) -> None:
+    layer(handle).append(key_states, value_states)
+    count.add_(key_states.shape[2])
 
 
 def _attend(
@@ -99,7 +102,7 @@ def _attend(
     key_states: Tensor,
     value_states: Tensor,
     handle: Tensor,
-    length: Tensor,
+    count: Tensor,
     mask: Tensor | None,
     tokens: int,
     repeats: int,
@@ -110,9 +113,9 @@ def _attend(
     sinks: Tensor | None,
     cast: torch.dtype | None,
 ) -> Tensor:
-    layer = _in_step(handle, length)
-    keys, values = layer.stores
-    seen = min(tokens, len(layer))
+    held = _in_step(handle, count)
+    keys, values = held.stores
+    seen = min(tokens, len(held))
     mask = _cut(mask, seen)
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     with _as_it_is(query.device.type):
@@ -169,13 +172,20 @@ def _cut(mask: Tensor | None, seen: int) -> Tensor | None:
     return None if needless else mask
 
 
-def _read(states: Tensor, handle: Tensor, length: Tensor, values: bool, tokens: int) -> Tensor:
-    layer = _in_step(handle, length)
-    store = layer.stores[int(values)]
+def _read(states: Tensor, handle: Tensor, count: Tensor, values: bool, tokens: int) -> Tensor:
+    store = _in_step(handle, count).stores[int(values)]
     seen = min(tokens, len(store))
     counters.materialised += 1
     numbers = states[:, :, :seen] if states.shape[2] == len(store) else store.read(0, seen)
     return functional.pad(numbers, (0, 0, 0, tokens - seen)).clone(memory_format=torch.contiguous_format)
+
+
+def _watch(out: Tensor, _sources: list[Tensor]) -> Tensor:
+    return out.clone()
+
+
+def _no_gradient(_grad: Tensor) -> Tensor:
+    raise GraphGradientError
 
 
 # ------------------------------------------------------------------------------------------------ what they look like
@@ -190,9 +200,13 @@ def _attend_fake(query: Tensor, _key_states: Tensor, value_states: Tensor, *othe
     return query.new_empty((*query.shape[:3], value_states.shape[3]), dtype=query.dtype if cast is None else cast)
 
 
-def _read_fake(states: Tensor, _handle: Tensor, _length: Tensor, _values: bool, tokens: int) -> Tensor:
+def _read_fake(states: Tensor, _handle: Tensor, _count: Tensor, _values: bool, tokens: int) -> Tensor:
     batch, heads, _, head_dim = states.shape
     return states.new_empty((batch, heads, tokens, head_dim))
+
+
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(first)
 
 
 #: A CUDA graph that is replayed runs no Python: nothing would ever be stored, and attention would see old tokens. So
@@ -216,15 +230,31 @@ def _define(schema: str, does: Callable[..., Any], looks: Callable[..., Any]) ->
 
 
 append = _define(
-    "append(Tensor key_states, Tensor value_states, Tensor handle, Tensor(a!) length) -> ()", _append, _append_fake
+    "append(Tensor key_states, Tensor value_states, Tensor handle, Tensor(a!) count) -> ()", _append, _append_fake
 )
 attend = _define(
-    "attend(Tensor query, Tensor key_states, Tensor value_states, Tensor handle, Tensor length, Tensor? mask, "
+    "attend(Tensor query, Tensor key_states, Tensor value_states, Tensor handle, Tensor count, Tensor? mask, "
     "int tokens, int repeats, bool gqa, bool is_causal, float? scale, float? softcap, Tensor? sinks, ScalarType? cast) "
     "-> Tensor",
     _attend,
     _attend_fake,
 )
-read = _define(
-    "read(Tensor states, Tensor handle, Tensor length, bool values, int tokens) -> Tensor", _read, _read_fake
-)
+read = _define("read(Tensor states, Tensor handle, Tensor count, bool values, int tokens) -> Tensor", _read, _read_fake)
+
+#: Returns what was computed from `sources` without a gradient, in a graph. A backward pass through it is an error:
+#: torch would compute positions and masks anew for it, from a length that has changed since.
+watch = _define("watch(Tensor out, Tensor[] sources) -> Tensor", _watch, _like_first)
+_no_gradient_operator = _define("no_gradient(Tensor grad) -> Tensor", _no_gradient, _like_first)
+
+
+def _note_shapes(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: Tensor) -> None:
+    del output
+    ctx.shapes = [source.shape for source in inputs[1]]
+
+
+def _watch_backward(ctx: Any, grad: Tensor) -> tuple[None, list[Tensor]]:
+    refused = _no_gradient_operator(grad).sum()
+    return None, [refused.expand(shape) for shape in ctx.shapes]
+
+
+torch.library.register_autograd("kvquant::watch", _watch_backward, setup_context=_note_shapes, lib=_library)

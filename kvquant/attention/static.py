@@ -23,16 +23,19 @@ class StaticStates(LazyStates):
     Tokens that are not there yet are zeros. Attention does not see them, nor those behind the last of a slice.
 
     Attributes:
-        states: ``[batch, kv_heads, new_tokens, head_dim]``, those of the last update, without gradient.
-        handle: what names the layer to operators.
-        length: the tokens it holds.
+        states: ``[batch, kv_heads, new_tokens, head_dim]``, those of the last update.
+        handle, count: what names the layer to operators, and the tokens it holds by their count.
+        length: the tokens it holds, for all others.
+        room: tokens that all its states stand for.
         version: of the layer when they were made, None in a graph, which makes them anew at every step.
         stream, repeats, unfolded: as in `LazyStates`.
     """
 
     states: Tensor
     handle: Tensor
+    count: Tensor
     length: Tensor
+    room: int
     version: int | None
 
     # -------------------------------------------------------------------------------------------- reading
@@ -45,8 +48,16 @@ class StaticStates(LazyStates):
             OutOfStepError: a graph counts other tokens than it holds.
         """
         self.check_fresh()
-        tokens = self.shape[-2]
-        return self._repeated(operators.read(self.states, self.handle, self.length, self.stream == "value", tokens))
+        states, tokens = self.states.detach(), self.shape[-2]
+        where = self.handle, self.count, self.stream == "value"
+        wants_gradient = torch.is_grad_enabled() and self.states.requires_grad
+        if wants_gradient and not torch.compiler.is_compiling():
+            # Gradients reach the states of the last update, and change no number.
+            numbers, new = operators.read(states, *where, self.room), states.shape[2]
+            numbers[:, :, : len(operators.layer(self.handle))][:, :, -new:] += self.states - states
+            return self._repeated(numbers[:, :, :tokens])
+        numbers = operators.read(states, *where, tokens)
+        return self._repeated(operators.watch(numbers, [self.states]) if wants_gradient else numbers)
 
     def check_fresh(self) -> None:
         """Raise if the layer has changed since these states were made: it keeps no history."""
@@ -70,12 +81,15 @@ class StaticStates(LazyStates):
         """Return the mask that attention over the numbers of these keys needs: one that hides tokens not there yet.
 
         Args:
-            mask: the one that it was given, which does so; None for none.
-            is_causal: whether causality does.
+            mask: the one that it was given, None for none.
+            is_causal: whether causality hides what comes after a query.
         """
-        if mask is not None or is_causal:
-            return mask
-        return (torch.arange(self.shape[-2], device=self.device) < self.length)[None, None, None]
+        if mask is None and is_causal:
+            return None
+        there = (torch.arange(self.shape[-2], device=self.device) < self.length.to(self.device))[None, None, None]
+        if mask is None:
+            return there
+        return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's stub names a parameter of no use here
         shape = f"shape={list(self.shape)}, dtype={self.dtype}"
@@ -90,12 +104,13 @@ class StaticStates(LazyStates):
 
 
 def static_states(
-    states: Tensor, handle: Tensor, length: Tensor, version: int | None, stream: str, tokens: int
+    states: Tensor, stream: str, tokens: int, *, handle: Tensor, count: Tensor, length: Tensor, version: int | None
 ) -> StaticStates:
     """Return states that stand for `tokens` tokens; the other arguments are attributes of `StaticStates`."""
     batch, kv_heads, _, head_dim = states.shape
-    made = states.new_zeros(1).expand(batch, kv_heads, tokens, head_dim).as_subclass(StaticStates)
-    made.states, made.handle, made.length, made.version = states, handle, length, version
+    made = states.detach().new_zeros(1).expand(batch, kv_heads, tokens, head_dim).as_subclass(StaticStates)
+    made.states, made.handle, made.count, made.length = states, handle, count, length
+    made.room, made.version = tokens, version
     made.stream, made.repeats, made.unfolded = stream, 1, False
     return made
 
@@ -104,8 +119,9 @@ def _made(like: StaticStates, tokens: int, repeats: int, *, unfolded: bool) -> S
     """Return the same states with other tokens or repeats."""
     batch, kv_heads, _, head_dim = like.states.shape
     heads = (kv_heads, repeats) if unfolded else (kv_heads * repeats,)
-    made = like.states.new_zeros(1).expand(batch, *heads, tokens, head_dim).as_subclass(StaticStates)
-    made.states, made.handle, made.length, made.version = like.states, like.handle, like.length, like.version
+    made = like.states.detach().new_zeros(1).expand(batch, *heads, tokens, head_dim).as_subclass(StaticStates)
+    made.states, made.handle, made.count, made.length = like.states, like.handle, like.count, like.length
+    made.room, made.version = like.room, like.version
     made.stream, made.repeats, made.unfolded = like.stream, repeats, unfolded
     return made
 
@@ -137,16 +153,20 @@ def attend_static(
         return None
     key.check_fresh()
     value.check_fresh()
+    given = (query, key.states, value.states, *(() if sinks is None else (sinks,)))
+    sources = [one for one in given if torch.is_grad_enabled() and one.requires_grad]
+    if sources and not torch.compiler.is_compiling():
+        return None
     kind = query.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if not can_attend(query, key, value, mask, gqa=gqa, cast=cast is not None):
+    if not can_attend(query.detach(), key, value, mask, gqa=gqa, cast=cast is not None):
         return None
     out: Tensor = operators.attend(
-        query,
-        key.states,
-        value.states,
+        query.detach(),
+        key.states.detach(),
+        value.states.detach(),
         key.handle,
-        key.length,
+        key.count,
         mask,
         key.shape[2],
         key.repeats,
@@ -154,7 +174,7 @@ def attend_static(
         is_causal,
         scale,
         softcap,
-        sinks,
+        None if sinks is None else sinks.detach(),
         cast,
     )
-    return out
+    return operators.watch(out, sources) if sources else out

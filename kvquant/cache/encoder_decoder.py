@@ -19,7 +19,6 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig, PreTraine
 from transformers.cache_utils import DynamicLayer
 
 from kvquant.attention.states import QuantizedStates
-from kvquant.attention.static import static_states
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import decoder_config, dynamic_layers, head_dim
 from kvquant.cache.io import Cross, load_cache, save_cache
@@ -91,7 +90,7 @@ class CrossLayer(TracedLayer):
 
     def _handed_out(self, stream: str) -> Tensor | None:
         if torch.compiler.is_compiling():
-            return static_states(self._like[stream], self._handle, self._length, None, stream, self._tokens)
+            return self._static(self._like[stream], stream, self._tokens)
         if stream in self._assigned or not self._stores:
             return self._read(stream)
         store = self._stores[stream]

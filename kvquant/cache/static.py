@@ -35,7 +35,7 @@ class TracedLayer(QuantizedLayer):
         """Have operators know the layer. Its copies are others."""
         with own_tensors():
             self._handle = operators.register(self)
-            self._length = torch.tensor(0)
+            self._count, self._length = torch.tensor(0), torch.tensor(0)
         self.synchronise()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedLayer:
@@ -48,17 +48,26 @@ class TracedLayer(QuantizedLayer):
         self._register()
 
     def synchronise(self) -> None:
-        """Note the tokens held where graphs read them: after every change but an append, which does so itself."""
+        """Note the tokens held where graphs read them: after every change but those made in one, and by operators."""
+        self._count.fill_(len(self))
         self._length.fill_(len(self))
 
     def _handed_out_static(self, key_states: Tensor, value_states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Append states, and return keys and values as `StaticStates` of `tokens` tokens; torch traces this."""
-        keys, values = key_states.detach(), value_states.detach()
-        operators.append(keys, values, self._handle, self._length)
-        version = None if torch.compiler.is_compiling() else self._stores["key"].version
-        return (
-            static_states(keys, self._handle, self._length, version, "key", tokens),
-            static_states(values, self._handle, self._length, version, "value", tokens),
+        operators.append(key_states.detach(), value_states.detach(), self._handle, self._count)
+        self._length.add_(key_states.shape[2])
+        return self._static(key_states, "key", tokens), self._static(value_states, "value", tokens)
+
+    def _static(self, states: Tensor, stream: str, tokens: int) -> Tensor:
+        """Return what stands for `tokens` tokens; `states` are those of the last update, of which there may be none."""
+        return static_states(
+            states,
+            stream,
+            tokens,
+            handle=self._handle,
+            count=self._count,
+            length=self._length,
+            version=None if torch.compiler.is_compiling() else self._stores["key"].version,
         )
 
     def _assign(self, stream: str, states: Tensor) -> None:

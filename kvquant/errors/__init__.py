@@ -39,6 +39,7 @@ attributes, so that code need not parse text::
     ├── BackendContractError (TypeError)    a plugin returned something else than it promised
     ├── QuantizationError (RuntimeError)    a plugin raised while quantising or dequantising
     ├── OutOfStepError (RuntimeError)       a compiled graph that lost count, in a step that failed
+    ├── GraphGradientError (RuntimeError)   a backward pass through a compiled step
     ├── StaleStatesError (RuntimeError)     states read after the cache behind them has changed
     ├── ReadOnlyStatesError (RuntimeError)  states written to
     ├── ModelLoadError (OSError)            a model that could not be loaded
@@ -102,6 +103,7 @@ from kvquant.errors.states import (
     BackendContractError,
     CacheFullError,
     CropError,
+    GraphGradientError,
     MissingExtraError,
     ModelLoadError,
     NonFiniteStatesError,
@@ -153,6 +155,7 @@ __all__ = [
     "BackendContractError",
     "CacheFullError",
     "CropError",
+    "GraphGradientError",
     "MissingExtraError",
     "ModelLoadError",
     "NonFiniteStatesError",

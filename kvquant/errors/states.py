@@ -70,6 +70,16 @@ class OutOfStepError(KVQuantError, RuntimeError):
         )
 
 
+class GraphGradientError(KVQuantError, RuntimeError):
+    """A backward pass through a compiled step."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a compiled step has no gradients through the cache. Run it without torch.compile, or, where none are "
+            "wanted, under torch.no_grad()."
+        )
+
+
 class CropError(KVQuantError, ValueError):
     """A crop that cannot be done.
 

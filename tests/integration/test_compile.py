@@ -21,7 +21,7 @@ from transformers import (
 import kvquant.integrations.transformers as integration
 from kvquant import QuantizedCache, QuantizedEncoderDecoderCache
 from kvquant.attention.counters import counters
-from kvquant.errors import CacheFullError, OutOfStepError, QuantizationError, UnsupportedError
+from kvquant.errors import CacheFullError, GraphGradientError, OutOfStepError, QuantizationError, UnsupportedError
 from tests.support import SMALL_MODEL, MinMax
 
 ROOM, PROMPT, STEPS = 64, 20, 36
@@ -187,6 +187,34 @@ def test_a_layer_s_attention_in_a_graph(kind, attention, backend):
     assert graphs() == before + 1
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+def test_what_a_graph_reads_of_the_length_is_what_it_was_there():
+    """Before an update that is the length before it, also where inductor computes with it after."""
+    weight, positions = torch.randn(16, 16, requires_grad=True), torch.arange(ROOM)
+
+    def step(layer, states):
+        before = positions <= layer.get_seq_length()
+        states = states @ weight
+        keys, values = layer.update(states, states)
+        seen = torch.nn.functional.scaled_dot_product_attention(states, keys, values)
+        return seen, torch.where(before, 1.0, 0.0).sum() + (states * 0).sum()
+
+    graph, layer = torch.compile(step, fullgraph=True), fixed(small_model("grouped queries")).layers[0]
+    for length in range(3):
+        assert int(graph(layer, torch.randn(2, 2, 1, 16))[1]) == length + 1
+
+
+def test_a_compiled_step_works_where_gradients_are_on_and_has_none():
+    """A backward pass would give wrong ones, and is an error."""
+    model = small_model("grouped queries")
+    layer, position = model.model.layers[0].self_attn, (torch.ones(2, 1, 16), torch.ones(2, 1, 16))
+    given = torch.randn(2, 1, 64), position, torch.ones(2, 1, 1, ROOM, dtype=torch.bool)
+    out, _ = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")(*given, fixed(model))
+    assert_alike(out, layer(*given, fixed(model))[0])
+    with pytest.raises(GraphGradientError, match="no gradients through the cache"):
+        out.sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------ generate
 
 
@@ -213,7 +241,7 @@ COMPILES_CANDIDATES = "get_compiled_call" in inspect.getsource(GenerationMixin._
     ids=["greedy", "sampling", "beam search", "chunked prefill", "prompt lookup"],
 )
 def test_transformers_own_compilation_gives_the_tokens_of_the_dynamic_cache(options, has_graph):
-    """Left-padded, in every mode; with a config, and without one where the prefill makes the layers."""
+    """Left-padded, in every mode; with a config, and without one, where the prefill makes the layers."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SMALL_MODEL, "num_hidden_layers": 1})).eval()
     ids = prompt(batch=1 if "prompt_lookup_num_tokens" in options else 2)
@@ -225,9 +253,7 @@ def test_transformers_own_compilation_gives_the_tokens_of_the_dynamic_cache(opti
         return model.generate(ids, attention_mask=shown, max_new_tokens=30, past_key_values=cache, **options, **more)
 
     tokens = generate(QuantizedCache(config=model.config, **OPTIONS))
-    for config in (model.config, None):
-        if "prefill_chunk_size" in options and config is None:
-            continue  # transformers compiles such a prefill
+    for config in (model.config, None) if options == {"do_sample": False} else (model.config,):
         cache = QuantizedCache(config=config, max_cache_len=ROOM, **OPTIONS)
         assert torch.equal(generate(cache, compile_config=everywhere()), tokens)
     assert hasattr(model, "_compiled_call") == has_graph
@@ -333,7 +359,9 @@ class FailsOnce(MinMax):
 def test_a_step_that_failed_half_way_is_not_gone_on_from_unnoticed(llama, step, backend):
     """Layers before the one that failed hold the tokens of the step; `align_layers` takes them back."""
     cache = fixed(llama, backend=backend(FailsOnce), layers={0: {"residual_length": 100}})
+    before = graphs()
     decode(llama, cache, steps=5, step=step)
+    assert graphs() == before  # other options make no other graph
     FailsOnce.fails = True
     with pytest.raises(QuantizationError, match="now"):
         decode_one(step, cache)

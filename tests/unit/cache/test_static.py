@@ -223,6 +223,18 @@ def test_where_attention_is_not_fused_it_sees_the_same_tokens(option):
         assert torch.autograd.grad(got.sum(), query)[0].any()
 
 
+def test_gradients_of_a_prefill_are_those_of_a_layer_that_grows():
+    """They reach queries, keys and values."""
+    made = []
+    for layer in (make(), growing()):
+        torch.manual_seed(0)
+        given = [states(20).requires_grad_() for _ in range(3)]
+        keys, values = layer.update(given[1], given[2])
+        attend(given[0], keys, values, is_causal=True).square().sum().backward()
+        made.append([one.grad for one in given])
+    torch.testing.assert_close(*made)
+
+
 @pytest.mark.parametrize("tokens", [10, 40])
 def test_autocast_is_what_it_is_elsewhere(tokens):
     """Attention comes out in its type, packed or not."""
