@@ -178,8 +178,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
         check_updated_once(self.layers)
-        if torch.compiler.is_compiling() and fixed is not None:  # what outlives a graph cannot be made in it
-            raise UnsupportedError(_WITHOUT_CONFIG, [_NO_LAYERS], "a compiled prefill")
+        if torch.compiler.is_compiling() and fixed is not None:
+            # What outlives a graph is made outside of it; with fullgraph=True torch shows the text in its error.
+            torch._dynamo.graph_break(msg=f"{_WITHOUT_CONFIG} cannot be updated in a graph: {_NO_LAYERS}")
         if self.config.skips(index):
             return DynamicLayer() if fixed is None else StaticLayer(fixed)
         return together([*self.layers, full_attention_layer(self.config, index)])[-1]
