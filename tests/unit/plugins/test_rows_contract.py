@@ -19,7 +19,7 @@ from tests.unit.plugins.conftest import HARD_ROWS, WIDEST_ROWS, as_dtype, quanti
 
 BACKENDS = ("reference", "quanto", "hqq", "bitsandbytes")
 CASES: list[tuple[str, int, dict[str, Any]]] = [
-    *(("reference", nbits, {}) for nbits in (1, 2, 3, 4, 8)),
+    *(("reference", nbits, {"scale": scale}) for nbits in (1, 2, 3, 4, 8) for scale in ("range", "error")),
     *(("quanto", nbits, {"optimizer": optimizer}) for nbits in (2, 4) for optimizer in ("max", "hqq")),
     ("quanto", 8, {"optimizer": "absmax"}),
     *(("quanto", 8, {"qtype": f"qfloat8_{kind}"}) for kind in ("e4m3fn", "e4m3fnuz", "e5m2")),
