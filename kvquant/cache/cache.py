@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from kvquant.attention.dispatch import kernel_for
 from kvquant.cache.compat import head_dim, quantizable_layers
+from kvquant.cache.configured import Configured
 from kvquant.cache.io import load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.layers import check_crop, check_updated_once, memory_of, quantized_layer, together
@@ -28,7 +28,7 @@ _WITHOUT_CONFIG = "a cache without a model's config"
 _NO_LAYERS = "it has no layers before the first update; make it with config=model.config"
 
 
-class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no types for it
+class QuantizedCache(Configured, Cache):  # type: ignore[misc]  # transformers ships no types for it
     """A key/value cache whose older tokens are kept in 1 to 8 bits.
 
         cache = QuantizedCache(backend="reference", nbits=4)
@@ -57,38 +57,6 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             BackendFactoryError: the backend refuses a value of one of its own options.
         """
         self._setup(CacheConfig.from_dict({"backend": backend, **options}), config)
-
-    @classmethod
-    def from_config(
-        cls, config: CacheConfig | Mapping[str, Any] | str | Path, model_config: PreTrainedConfig | None = None
-    ) -> QuantizedCache:
-        """Make a cache from a `CacheConfig`, a mapping of its options, or a JSON or YAML file.
-
-        Args:
-            config: the options.
-            model_config: the model's config, see `QuantizedCache`.
-        """
-        if isinstance(config, (str, Path)):
-            config = CacheConfig.from_file(config)
-        elif not isinstance(config, CacheConfig):
-            config = CacheConfig.from_dict(config)
-        cache = cls.__new__(cls)
-        cache._setup(config, model_config)
-        return cache
-
-    @classmethod
-    def from_preset(cls, preset: str, config: PreTrainedConfig | None = None, **options: Any) -> QuantizedCache:
-        """Make a cache from a named preset, such as ``"kivi-2"``.
-
-        Args:
-            preset: one of `kvquant.engine.config.PRESETS`.
-            config: the model's config, see `QuantizedCache`.
-            **options: options that override the preset's.
-
-        Raises:
-            UnknownOptionError: there is no such preset.
-        """
-        return cls.from_config(CacheConfig.from_preset(preset, **options), config)
 
     def save(
         self, path: str | os.PathLike[str], *, model: PreTrainedModel | None = None, token_ids: object = None
@@ -147,17 +115,21 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
 
         loaded = load_cache(path, fitting, device=device, model=model, model_config=config, check=verify)
         cache = cls.__new__(cls)
-        cache.config, cache.token_ids = loaded.config, loaded.token_ids
-        if loaded.fixed:
-            Cache.__init__(cache, layers=together(loaded.layers))
-        else:
-            Cache.__init__(cache, layer_class_to_replicate=cache._next_layer)
-            cache.layers.extend(together(loaded.layers))
+        cache._fill(loaded.config, loaded.layers, fixed=loaded.fixed, token_ids=loaded.token_ids)
         return cache
 
+    def _fill(
+        self, config: CacheConfig, layers: list[Any], *, fixed: bool = True, token_ids: Tensor | None = None
+    ) -> None:
+        """Make a cache of these layers, to which others are added as they are used unless they are `fixed`."""
+        self.config, self.token_ids = config, token_ids
+        if fixed:
+            super().__init__(layers=together(layers))
+        else:
+            super().__init__(layer_class_to_replicate=self._next_layer)
+            self.layers.extend(together(layers))
+
     def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
-        self.config = config
-        self.token_ids: Tensor | None = None
         check_device(config)
         templates = quantizable_layers(model_config, config.max_cache_len)
         if not templates:
@@ -165,7 +137,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
             for index in {index for key in config.layers for index in parse_layers(key)}:
                 layer_settings(config, index)
             config.skips(0)
-            super().__init__(layer_class_to_replicate=self._next_layer)
+            self._fill(config, [], fixed=False)
             return
         config.check_layer_count(len(templates))
         channels = head_dim(model_config)
@@ -173,7 +145,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
         for index, template in enumerate(templates):
             skipped = config.skips(index, len(templates))
             layers.append(template if skipped else quantized_layer(template, config, index, channels) or template)
-        super().__init__(layers=together(layers))
+        self._fill(config, layers)
 
     def _next_layer(self) -> Any:
         index, fixed = len(self.layers), self.config.max_cache_len
@@ -298,16 +270,6 @@ class QuantizedCache(Cache):  # type: ignore[misc]  # transformers ships no type
                 return
 
     # -------------------------------------------------------------------------------------------- figures
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that the cache holds, spare capacity included."""
-        return self.memory_report().nbytes
-
-    @property
-    def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while nothing is quantised."""
-        return self.memory_report().bits_per_element
 
     def memory_report(self) -> MemoryReport:
         """Return the cache's memory by layer and part."""

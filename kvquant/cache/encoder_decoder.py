@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvquant.attention.states import QuantizedStates
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import decoder_config, dynamic_layers, head_dim
+from kvquant.cache.configured import Configured
 from kvquant.cache.io import Cross, load_cache, save_cache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.layers import together
@@ -121,22 +120,12 @@ class CrossAttentionCache(QuantizedCache):
             if isinstance(layers[-1], CrossLayer):
                 for settings in (layers[-1].settings.key, layers[-1].settings.value):
                     settings.scheme(channels)
-        _fill(self, config, layers, fixed=True)
+        self._fill(config, layers)
 
     def _next_layer(self) -> QuantizedLayer | DynamicLayer:
         index = len(self.layers)
         new = DynamicLayer() if self.config.skips(index) else CrossLayer(self.config, index)
         return together([*self.layers, new])[-1]
-
-
-def _fill(cache: QuantizedCache, config: CacheConfig, layers: list[Any], *, fixed: bool) -> None:
-    """Set up a cache with its layers; if they are not `fixed`, more may follow."""
-    cache.config, cache.token_ids = config, None
-    if fixed:
-        Cache.__init__(cache, layers=together(layers))
-    else:
-        Cache.__init__(cache, layer_class_to_replicate=cache._next_layer)
-        cache.layers.extend(together(layers))
 
 
 def cross_config(config: CacheConfig) -> CacheConfig:
@@ -148,7 +137,7 @@ def cross_config(config: CacheConfig) -> CacheConfig:
     return dataclasses.replace(config, residual_length=0, layers=layers, max_cache_len=None)
 
 
-class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  # transformers ships no types for it
+class QuantizedEncoderDecoderCache(Configured, EncoderDecoderCache):  # type: ignore[misc]  # transformers ships no types for it
     """A cache for encoder-decoder models, both parts of which are kept in 1 to 8 bits.
 
         cache = QuantizedEncoderDecoderCache(backend="reference", nbits=4, config=model.config)
@@ -174,31 +163,6 @@ class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  
             UnknownBackendError, UnknownOptionError, OptionValueError, UnsupportedError: as `QuantizedCache` does.
         """
         self._setup(CacheConfig.from_dict({"backend": backend, **options}), config)
-
-    @classmethod
-    def from_config(
-        cls, config: CacheConfig | Mapping[str, Any] | str | Path, model_config: PreTrainedConfig | None = None
-    ) -> QuantizedEncoderDecoderCache:
-        """Make a cache from a `CacheConfig`, a mapping of its options, or a JSON or YAML file.
-
-        Args:
-            config: the options.
-            model_config: the model's config, see `QuantizedCache`.
-        """
-        if isinstance(config, (str, Path)):
-            config = CacheConfig.from_file(config)
-        elif not isinstance(config, CacheConfig):
-            config = CacheConfig.from_dict(config)
-        cache = cls.__new__(cls)
-        cache._setup(config, model_config)
-        return cache
-
-    @classmethod
-    def from_preset(
-        cls, preset: str, config: PreTrainedConfig | None = None, **options: Any
-    ) -> QuantizedEncoderDecoderCache:
-        """Make a cache from a named preset, such as ``"kivi-2"``; see `QuantizedCache.from_preset`."""
-        return cls.from_config(CacheConfig.from_preset(preset, **options), config)
 
     def _setup(self, config: CacheConfig, model_config: PreTrainedConfig | None) -> None:
         decoder = None if model_config is None else decoder_config(model_config)
@@ -270,9 +234,8 @@ class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  
             cross=Cross(cross_layer, cross),
         )
         parts = QuantizedCache.__new__(QuantizedCache), CrossAttentionCache.__new__(CrossAttentionCache)
-        _fill(parts[0], loaded.config, loaded.layers, fixed=loaded.fixed)
-        _fill(parts[1], cross_config(loaded.config), loaded.cross or [], fixed=loaded.fixed)
-        parts[0].token_ids = loaded.token_ids
+        parts[0]._fill(loaded.config, loaded.layers, fixed=loaded.fixed, token_ids=loaded.token_ids)
+        parts[1]._fill(cross_config(loaded.config), loaded.cross or [], fixed=loaded.fixed)
         cache = cls.__new__(cls)
         cache._join(loaded.config, *parts)
         return cache
@@ -296,16 +259,6 @@ class QuantizedEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]  
     def batch_size(self) -> int:
         """Batch rows, -1 before the first update."""
         return int(self.self_attention_cache.batch_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that both parts hold, spare capacity included."""
-        return self.memory_report().nbytes
-
-    @property
-    def bits_per_element(self) -> float | None:
-        """Stored bits over quantised numbers, of both parts; None while nothing is quantised."""
-        return self.memory_report().bits_per_element
 
     def memory_report(self) -> MemoryReport:
         """Return the memory of both parts: the decoder's layers, then those of the encoder's states."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from kvquant.cli.eval_options import loading_options
+
 _AXIS = click.Choice(["channel", "token"])
 
 
@@ -44,14 +46,7 @@ _AXIS = click.Choice(["channel", "token"])
     metavar="TOKENS",
     help="Feed so many tokens at a time, which needs less memory; later ones then see the first ones quantised.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Device of the model, such as cuda.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
-    default="float32",
-    show_default=True,
-    help="Type of the weights; auto takes the one that they are saved in.",
-)
+@loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def prefill(text: Path, output: Path, config: Path | None, chunk: int | None, as_json: bool, **chosen: Any) -> None:
     """Run a text through a model once, and save the quantised cache with the text's tokens.

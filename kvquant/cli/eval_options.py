@@ -23,11 +23,10 @@ SHARED = ("group_size", "residual_length", "sink_length", "axis_key", "axis_valu
 _AXIS = click.Choice(["channel", "token"])
 
 
-def model_options(command: F) -> F:
-    """Add ``--model``, ``--device``, ``--dtype``, ``--outliers`` and ``--threads``."""
+def loading_options(command: F) -> F:
+    """Add ``--device`` and ``--dtype``."""
     return _with(
         command,
-        click.option("--model", metavar="NAME_OR_PATH", help="Any transformers causal model [default: shipped]."),
         click.option("--device", default="cpu", show_default=True, help="Device of the model, such as cuda."),
         click.option(
             "--dtype",
@@ -36,6 +35,15 @@ def model_options(command: F) -> F:
             show_default=True,
             help="Type of the weights; auto takes the one that they are saved in.",
         ),
+    )
+
+
+def model_options(command: F) -> F:
+    """Add ``--model``, ``--device``, ``--dtype``, ``--outliers`` and ``--threads``."""
+    return _with(
+        command,
+        click.option("--model", metavar="NAME_OR_PATH", help="Any transformers causal model [default: shipped]."),
+        loading_options,
         click.option(
             "--outliers",
             type=int,

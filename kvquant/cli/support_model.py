@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvquant.cli.eval_options import loading_options
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,14 +24,7 @@ _BLOCKS = 3
 @click.option("--nbits", default=8, show_default=True, help="Bits of a code.")
 @click.option("--group-size", type=int, help="Numbers that share a scale  [default: 64, or what fits].")
 @click.option("--residual-length", default=32, show_default=True, help="Recent tokens in full precision.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the model, such as cuda.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
-    default="float32",
-    show_default=True,
-    help="Type of the weights; auto takes the one that they are saved in.",
-)
+@loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @click.pass_context
 def model(ctx: click.Context, /, name: str, device: str, dtype: str, as_json: bool, **chosen: Any) -> None:
