@@ -6,6 +6,7 @@ code calls `contiguous` or `to`). These stay lazy. Every other operation is done
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,21 +32,22 @@ class LazyStates(Tensor):
     repeats: int
     unfolded: bool
 
-    # What each kind has of its own.
+    # What each kind has of its own. Nothing enforces it: torch's metaclass leaves no room for that of abstract classes.
 
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """Return the numbers as a plain tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _again(self, repeats: int, *, unfolded: bool) -> Tensor:
         """Return the same states with other repeats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tokens(self, index: tuple[Any, ...]) -> Tensor:
         """Return ``self[index]``, where ``index[2]`` is a slice of tokens."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def attend(cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor | None:
         """Attend over what keys and values stand for, or return None where that is not what torch would do.
 
@@ -53,7 +55,6 @@ class LazyStates(Tensor):
             query, key, value, mask: as for `torch.nn.functional.scaled_dot_product_attention`.
             options: ``gqa``, whether query heads may share key/value heads; all others are of `tiles.attend`.
         """
-        raise NotImplementedError
 
     def hidden(self, mask: Tensor | None, *, is_causal: bool) -> Tensor | None:  # noqa: ARG002  # some hide more
         """Return the mask that attention over the numbers of these keys needs.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from kvquant.attention import operators
 from kvquant.cache.static import StaticQuantizedLayer
@@ -33,20 +34,20 @@ def test_attend_does_what_its_fake_says(mask, more, cast):
     shown = None if mask is None else torch.ones(2, 1, 3, 64, dtype=mask)
     arguments = (query, keys, values, held._handle, held._count, shown, 64, 1, True, False, None)
     arguments += (more.get("softcap"), more.get("sinks"), cast)
-    torch.library.opcheck(operators.attend, arguments, test_utils=CHECKS)
+    library.opcheck(operators.attend, arguments, test_utils=CHECKS)
 
 
 def test_append_does_what_its_fake_says():
     """It writes to the count of tokens, and to nothing else that torch knows of."""
     held, (keys, values) = layer(), step()
-    torch.library.opcheck(operators.append, (keys, values, held._handle, held._count), test_utils=CHECKS)
+    library.opcheck(operators.append, (keys, values, held._handle, held._count), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("values", [False, True])
 def test_read_does_what_its_fake_says(values):
     """The numbers, and zeros behind them."""
     held, (keys, _) = layer(), step()
-    torch.library.opcheck(operators.read, (keys, held._handle, held._count, values, 64), test_utils=CHECKS)
+    library.opcheck(operators.read, (keys, held._handle, held._count, values, 64), test_utils=CHECKS)
 
 
 def test_a_count_that_is_out_of_step_is_an_error():
