@@ -79,29 +79,28 @@ def assistance(kind, draft):
     return {"assistant_model": draft} if kind == "draft model" else {"prompt_lookup_num_tokens": 4}
 
 
-@pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
-def test_over_a_quantised_prompt_it_is_greedy_decoding(models, kind):
-    """To rounding, over 64 tokens in 2 bits, with candidates that are accepted and others that are not."""
+def assert_greedy(models, kind, options, new, prompt, quantized):
+    """Generation with an assistant, some of whose candidates are rejected, gives what generation without it gives."""
     model, draft = models
-    # No candidate of the prefill is accepted: prompt lookup has none, and the draft model's first guess is wrong.
-    caches = [QuantizedCache(**BETWEEN_BLOCKS, config=model.config) for _ in range(2)]
-    plain, assisted = Run(model, caches[0], 45, 90), Run(model, caches[1], 45, 90, **assistance(kind, draft))
+    caches = [QuantizedCache(**options, config=model.config) for _ in range(2)]
+    plain, assisted = Run(model, caches[0], new, prompt), Run(model, caches[1], new, prompt, **assistance(kind, draft))
     assert 0 < assisted.rejected < sum(assisted.candidates)
     assert torch.equal(assisted.tokens, plain.tokens)
     assert first_difference(assisted, plain) is None
-    assert plain.quantized == assisted.quantized == 64
+    assert plain.quantized == assisted.quantized == quantized
+
+
+@pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
+def test_over_a_quantised_prompt_it_is_greedy_decoding(models, kind):
+    """To rounding, over 64 tokens in 2 bits, with candidates that are accepted and others that are not."""
+    # No candidate of the prefill is accepted: prompt lookup has none, and the draft model's first guess is wrong.
+    assert_greedy(models, kind, BETWEEN_BLOCKS, new=45, prompt=90, quantized=64)
 
 
 @pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
 def test_blocks_that_leave_while_candidates_are_verified_change_nothing(models, kind):
     """Each candidate sees what it would see alone, and what only the rejected ones pushed out comes back."""
-    model, draft = models
-    caches = [QuantizedCache(**MANY_BLOCKS, config=model.config) for _ in range(2)]
-    plain, assisted = Run(model, caches[0], 60, 10), Run(model, caches[1], 60, 10, **assistance(kind, draft))
-    assert 0 < assisted.rejected < sum(assisted.candidates)
-    assert torch.equal(assisted.tokens, plain.tokens)
-    assert first_difference(assisted, plain) is None
-    assert plain.quantized == assisted.quantized == 48
+    assert_greedy(models, kind, MANY_BLOCKS, new=60, prompt=10, quantized=48)
 
 
 def test_attention_that_is_not_fused_sees_a_block_quantised_some_tokens_early(models):

@@ -43,26 +43,30 @@ def one_by_one(layer, pair):
     return seen
 
 
-KINDS = st.sampled_from(sorted(FORMATS))
-WINDOWS = st.sampled_from([None, 60])
+def two_layers(kind, sink, window, held):
+    """Two layers that hold the same tokens."""
+    layers = [make(kind, sink=sink, window=window) for _ in range(2)]
+    for layer in layers:
+        layer.update(*pairs([held])[0])
+    return layers
 
 
-@given(
-    kind=KINDS,
-    window=WINDOWS,
-    sink=st.integers(0, 5),
-    held=st.integers(1, 90),
-    added=st.integers(1, 12),
-    accepted=st.floats(0, 1),
-)
+#: What a layer is and holds, and how many tokens are added to it.
+UPDATES = {
+    "kind": st.sampled_from(sorted(FORMATS)),
+    "window": st.sampled_from([None, 60]),
+    "sink": st.integers(0, 5),
+    "held": st.integers(1, 90),
+    "added": st.integers(1, 12),
+}
+
+
+@given(**UPDATES, accepted=st.floats(0, 1))
 @settings(max_examples=30, deadline=None)
 def test_what_is_taken_back_was_never_there(kind, window, sink, held, added, accepted):
     """Codes, scales, sink and window are those of a layer that only the accepted tokens reached."""
-    layer, other = make(kind, sink=sink, window=window), make(kind, sink=sink, window=window)
-    kept = round(accepted * added)
-    (first,), (new,), (later,) = pairs([held]), pairs([added], seed=1), pairs([30], seed=2)
-    for one in (layer, other):
-        one.update(*first)
+    (layer, other), new = two_layers(kind, sink, window, held), pairs([added], seed=1)[0]
+    kept, (later,) = round(accepted * added), pairs([30], seed=2)
     layer.update(*new)
     layer.crop(kept - added)
     one_by_one(other, [states_[:, :, :kept] for states_ in new])
@@ -78,21 +82,11 @@ def test_what_is_taken_back_was_never_there(kind, window, sink, held, added, acc
             one_by_one(one, later)
 
 
-@given(
-    kind=KINDS,
-    window=WINDOWS,
-    sink=st.integers(0, 5),
-    held=st.integers(1, 90),
-    added=st.integers(1, 12),
-    masked=st.booleans(),
-)
+@given(**UPDATES, masked=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_each_token_of_an_update_sees_what_it_would_see_alone(kind, window, sink, held, added, masked):
     """In attention over packed tokens: what later ones push out of the window is exact for those before."""
-    layer, other = make(kind, sink=sink, window=window), make(kind, sink=sink, window=window)
-    (first,), (new,) = pairs([held]), pairs([added], seed=1)
-    for one in (layer, other):
-        one.update(*first)
+    (layer, other), new = two_layers(kind, sink, window, held), pairs([added], seed=1)[0]
     keys, values = layer.update(*new)
     query = torch.randn(1, 4, added, 16)
     total = keys.shape[2]

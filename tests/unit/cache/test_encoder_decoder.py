@@ -24,58 +24,36 @@ from kvquant.attention.states import QuantizedStates
 from kvquant.cache.encoder_decoder import CrossLayer
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.errors import (
-    CacheFileError,
     CropError,
     OptionValueError,
-    OtherModelError,
     StatesError,
     UnsupportedError,
 )
 from kvquant.evaluation.support import prompts
 from tests.support import MinMax
-
-ENDS = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
-BART = {
-    **ENDS,
-    "d_model": 32,
-    "max_position_embeddings": 128,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-    **{f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")},
-    **{f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")},
-}
-HEARING = {"num_mel_bins": 8, "max_source_positions": 48, "max_target_positions": 64, "begin_suppress_tokens": None}
-T5 = {**ENDS, "d_model": 32, "d_kv": 16, "d_ff": 32, "num_heads": 2, "decoder_start_token_id": 1}
-
-#: The encoder's tokens; blocks of 8 are quantised, and with a window of 8 two of the decoder's 24 tokens' blocks.
-ENCODED = 48
-OPTIONS = {"backend": "reference", "nbits": 8, "group_size": 8, "residual_length": 8}
-#: Everything is sink, so nothing is quantised.
-EXACT = {**OPTIONS, "sink_length": 256}
-LENGTH = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
-MODES = {
-    "greedy": {},
-    "several beams returned": {"num_beams": 3, "num_return_sequences": 2},
-    "several samples returned": {"do_sample": True, "num_return_sequences": 2},
-}
-
-
-def made(model):
-    """The model with weights that make attention choose."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=weight.shape[-1] ** -0.5)
-    return model.eval()
+from tests.unit.cache.encoder_decoders import (
+    BART,
+    ENCODED,
+    EXACT,
+    HEARING,
+    LENGTH,
+    MODES,
+    OPTIONS,
+    T5,
+    bart_with_text,
+    cache_for,
+    filled,
+    generate,
+    made,
+)
 
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
+    bart, text = bart_with_text()
     t5 = T5Config(**T5, num_layers=2, num_decoder_layers=2)
-    text = prompts.text(128, ENCODED, right=True)
     return {
-        "bart": (made(BartForConditionalGeneration(BartConfig(**BART))), text),
+        "bart": (bart, text),
         "t5": (made(T5ForConditionalGeneration(t5)), text),
         "whisper": (
             made(WhisperForConditionalGeneration(WhisperConfig(**{**BART, **HEARING}))),
@@ -99,22 +77,6 @@ def once(bart):
 def used(once):
     """A copy of them."""
     return copy.deepcopy(once)
-
-
-def cache_for(model, **options):
-    return QuantizedEncoderDecoderCache(config=model.config, **{**OPTIONS, **options})
-
-
-def generate(pair, cache=None, **options):
-    model, inputs = pair
-    given = {} if cache is None else {"past_key_values": cache}
-    torch.manual_seed(0)
-    return model.generate(**inputs, **given, **{**LENGTH, **options})
-
-
-def filled(pair, **options):
-    cache = cache_for(pair[0], **options)
-    return cache, generate(pair, cache)
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -425,62 +387,3 @@ def test_a_decoder_of_such_a_model_that_stands_alone_takes_a_quantised_cache():
         ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=4, min_new_tokens=4
     )
     assert torch.equal(tokens, expected)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-@pytest.fixture
-def saved(bart, tmp_path):
-    cache, tokens = filled(bart, skip_layers=[-1])
-    path = tmp_path / "prompt.kvq"
-    cache.save(path, model=bart[0], token_ids=tokens[:, :-1])
-    return cache, tokens, path
-
-
-def test_it_goes_on_as_if_it_had_never_been_saved(bart, saved):
-    """Both parts; the encoder is not run again."""
-    model, inputs = bart
-    cache, tokens, path = saved
-    loaded = QuantizedEncoderDecoderCache.load(path, model=model)
-    assert loaded.is_updated == {0: True, 1: True}
-    assert torch.equal(loaded.token_ids, tokens[:, :-1])
-    assert loaded.config == cache.config
-    assert [type(layer) for layer in loaded.cross_attention_cache.layers] == [CrossLayer, DynamicLayer]
-    nothing = (torch.full((2, ENCODED, 32), torch.nan),)
-    following = [
-        model(
-            decoder_input_ids=tokens[:, -1:],
-            encoder_outputs=nothing,
-            attention_mask=inputs["attention_mask"],
-            past_key_values=one,
-        ).logits
-        for one in (cache, loaded)
-    ]
-    assert following[0].isfinite().all()
-    torch.testing.assert_close(*following, rtol=0, atol=1e-5)
-
-
-def test_it_is_loaded_without_a_model(saved):
-    """Where it was not made for one, its layers come as they are used."""
-    loaded = QuantizedEncoderDecoderCache.load(saved[2])
-    assert loaded.nbytes <= saved[0].nbytes
-    assert loaded.get_seq_length() == 24
-    lazy = QuantizedEncoderDecoderCache(**OPTIONS)
-    lazy.save(saved[2])
-    assert QuantizedEncoderDecoderCache.load(saved[2]).is_updated == {}
-
-
-def test_files_are_of_one_kind_of_cache(saved, tmp_path):
-    """Each class says which one it is that can read a file."""
-    with pytest.raises(CacheFileError, match=r"of an encoder-decoder model: use QuantizedEncoderDecoderCache.load"):
-        QuantizedCache.load(saved[2])
-    QuantizedCache(**OPTIONS).save(tmp_path / "other.kvq")
-    with pytest.raises(CacheFileError, match=r"of no encoder-decoder model: use QuantizedCache.load"):
-        QuantizedEncoderDecoderCache.load(tmp_path / "other.kvq")
-
-
-def test_other_models_are_refused(saved):
-    """By what their config says."""
-    with pytest.raises(OtherModelError, match="decoder_layers is 2 in the file and 3 in the model"):
-        QuantizedEncoderDecoderCache.load(saved[2], config=BartConfig(**{**BART, "decoder_layers": 3}))
