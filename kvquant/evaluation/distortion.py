@@ -195,7 +195,7 @@ def _measure(options: DistortionOptions, left_out: Mapping[str, str], tell: Prog
     yardsticks = {
         (method.nbits, method.axis): made
         for method, made in zip(methods, measured, strict=True)
-        if method.backend == YARDSTICK and not made.problem
+        if method.backend == YARDSTICK and not method.options and not made.problem
     }
     return DistortionReport(
         machine=machine,

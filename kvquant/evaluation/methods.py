@@ -17,7 +17,7 @@ from kvquant.plugin.capabilities import AXES
 from kvquant.plugin.spec import Scheme
 from kvquant.registry import Backend, find_backend, list_backends
 
-#: What others are compared with, at the same bits and axis.
+#: What others are compared with, without options of its own, at the same bits and axis.
 YARDSTICK = "reference"
 
 _SYNTAX = (

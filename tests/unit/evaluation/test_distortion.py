@@ -147,6 +147,16 @@ def test_ratios_are_to_the_reference_with_the_same_bits_and_axis() -> None:
     assert other.quantise_ratio is other.dequantise_ratio is None
 
 
+def test_the_reference_with_options_is_compared_with_the_plain_one() -> None:
+    """In whatever order they are named."""
+    plain, fitted = measured("reference:2:token,reference:2:token:scale=error", rounds=3).values()
+    assert plain.quantise_ratio == Spread(1.0, 1.0, 1.0, 3)
+    assert fitted.quantise_ratio is not None
+    assert fitted.quantise_ratio != plain.quantise_ratio
+    (alone,) = measured("reference:2:token:scale=error").values()
+    assert alone.quantise_ratio is None
+
+
 def test_ratios_are_paired_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round in which everything takes ten times as long changes speeds and leaves ratios alone."""
     given = {"reference": iter([1.0, 2.0, 10.0, 20.0]), "quanto": iter([2.0, 4.0, 20.0, 40.0])}
