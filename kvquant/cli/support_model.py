@@ -37,13 +37,14 @@ def model(ctx: click.Context, /, name: str, device: str, dtype: str, as_json: bo
     from kvquant.cli.eval_options import results_only
     from kvquant.engine.config import CacheConfig
     from kvquant.engine.settings import layer_settings
-    from kvquant.evaluation.support.check import REFUSED, Checked, check_model, quietly
+    from kvquant.evaluation.advice import without_advice
+    from kvquant.evaluation.support.check import REFUSED, Checked, check_model
     from kvquant.evaluation.support.loading import inputs_for, load_any
 
     options = {option: value for option, value in chosen.items() if value is not None}
     layer_settings(CacheConfig.from_dict(options))  # before a model is loaded
     with results_only():
-        with quietly():
+        with without_advice():
             loaded = load_any(name, device=device, dtype=dtype)
             inputs = inputs_for(loaded, _prompt_tokens(loaded, options))
         checked = check_model(Checked(name, type(loaded).__name__), loaded, inputs, options)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,13 +35,14 @@ def modes(
     from kvquant.cli.eval_options import results_only
     from kvquant.engine.config import CacheConfig
     from kvquant.engine.settings import layer_settings
+    from kvquant.evaluation.advice import without_advice
     from kvquant.evaluation.support.runs import run_modes
 
     options = {"backend": backend, "nbits": nbits}
     layer_settings(CacheConfig.from_dict(options))  # what cannot work is said once, and not by every mode
     wanted = _chosen(chosen)
     results = []
-    with progress_bar("Running", len(wanted), quiet=as_json) as progress, results_only(), _silence():
+    with progress_bar("Running", len(wanted), quiet=as_json) as progress, results_only(), without_advice():
         for result in run_modes(wanted, options):
             results.append(result)
             progress(1)
@@ -56,24 +55,6 @@ def modes(
         _show(options, results)
     if not all(result.works for result in results):
         ctx.exit(1)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers' advice to people who generate from people who look at a table."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _chosen(names: Iterable[str]) -> list[Mode]:

@@ -9,6 +9,7 @@ import transformers
 from kvquant import QuantizedCache, QuantizedEncoderDecoderCache
 from kvquant.cache.compat import decoder_config, head_dim
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.evaluation.advice import without_advice
 from kvquant.evaluation.support import prompts
 from kvquant.evaluation.support.check import (
     ABSENT,
@@ -20,7 +21,6 @@ from kvquant.evaluation.support.check import (
     check_family,
     check_model,
     make,
-    quietly,
 )
 from kvquant.evaluation.support.families import FAMILIES
 
@@ -105,7 +105,7 @@ def test_the_head_size_that_a_config_tells_is_that_of_the_states(name):
     model = make(of_transformers(family), family.options)
     both = model.config.is_encoder_decoder
     cache = (QuantizedEncoderDecoderCache if both else QuantizedCache)(config=model.config, group_size=8)
-    with quietly():
+    with without_advice():
         model.generate(**prompts.of_family(family), past_key_values=cache, max_new_tokens=2)
     layers = (cache.self_attention_cache if both else cache).layers
     found = {store.head_dim for layer in layers if isinstance(layer, QuantizedLayer) for store in layer.stores}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import logging
 
 from kvquant.cache.compat import dynamic_layers, given
 from kvquant.cache.layers import memory_of
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
+from kvquant.evaluation.advice import without_advice
 from kvquant.evaluation.contenders import one_line
 from kvquant.evaluation.loading import DTYPES
 from kvquant.evaluation.planning.weights import Weights, count_weights
@@ -121,7 +119,7 @@ def model_shape(name: str, *, dtype: str = "auto", batch: int = 1, weights: int 
     """
     if dtype not in DTYPES:
         raise OptionValueError("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    with _quiet():
+    with without_advice():
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as cause:
@@ -133,17 +131,6 @@ def model_shape(name: str, *, dtype: str = "auto", batch: int = 1, weights: int 
     if weights is not None:
         counted = Weights(weights, counted.parameters, "as given")
     return ModelShape(name, config, type(model).__name__, chosen, batch, layers, counted)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from remarks on how it would run this model."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _dtype(config: PreTrainedConfig) -> str:

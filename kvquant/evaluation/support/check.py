@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +14,16 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from kvquant.attention.counters import counters
 from kvquant.attention.kernels import TORCH, VARIABLE
 from kvquant.cache.cache import QuantizedCache
+from kvquant.cache.compat import given
 from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.errors import ConfigError, KVQuantError
+from kvquant.evaluation.advice import without_advice
 from kvquant.evaluation.support import prompts
 from kvquant.evaluation.support.families import Family
 from kvquant.registry import get_backend
@@ -148,7 +148,7 @@ def check_family(family: Family, backend: str, nbits: int) -> Checked:
         reason = f"transformers {transformers.__version__} has no {family.model}"
         return dataclasses.replace(told, status=ABSENT, reason=reason)
     try:
-        with quietly():
+        with without_advice():
             model = make(kind, family.options)
     except Exception as cause:  # noqa: BLE001  # whatever a version's config class says to these options
         return dataclasses.replace(told, status=FAILED, reason=f"its model cannot be made: {describe(cause)}")
@@ -204,7 +204,7 @@ def check_model(told: Checked, model: PreTrainedModel, inputs: Mapping[str, Any]
     except ConfigError as refusal:
         return dataclasses.replace(told, status=REFUSED, reason=str(refusal))
     try:
-        with quietly():
+        with without_advice():
             theirs = _generated(model, inputs, None)
             before = _generated(model, inputs, exact)
             after = _generated(model, inputs, packed)
@@ -254,19 +254,6 @@ def for_tiny_models() -> Iterator[None]:
             del os.environ[VARIABLE]
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers from remarks on tiny models, and on the name that its older versions have for caches."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-
-
 @dataclass(frozen=True)
 class _Run:
     tokens: Tensor
@@ -296,7 +283,7 @@ def _generated(model: PreTrainedModel, inputs: Mapping[str, Any], cache: Any) ->
     try:
         out = model.generate(
             **inputs,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else given(model, cache)),
             max_new_tokens=length,
             min_new_tokens=length,
             do_sample=False,

@@ -161,13 +161,6 @@ def _result(mode: Mode, options: Mapping[str, Any]) -> ModeResult:
     )
 
 
-def _problem(found: Tensor, expected: Tensor) -> str:
-    """Return what is wrong with what a cache gave that may round: not its numbers, but how many and of what kind."""
-    if found.dim() != expected.dim() or not found.numel():
-        return f"gave {list(found.shape)} in place of {list(expected.shape)}"
-    return "" if bool(found.isfinite().all()) else "gave NaN or infinity"
-
-
 def _seeded(run: Callable[[Caches], Tensor], caches: Caches) -> Tensor:
     torch.manual_seed(_SEED)
     return run(caches)
