@@ -23,6 +23,7 @@ from kvquant.errors import ModelLoadError, UnsupportedError
 from kvquant.evaluation.support import prompts
 
 _AUTO = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForImageTextToText)
+#: Samples of a second of sound.
 _SECOND = 16000
 
 
