@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from kvquant.attention.simd import dot_rows, half_to_float, mix_rows, pointer_to
+from kvquant.attention.simd import byte_to_scale, dot_rows, half_to_float, mix_rows, pointer_to
+from kvquant.engine.scales import CENTER, PARTS
 
 #: What a page is to the kernel: addresses, strides (bytes of codes, numbers of scales), the page's token that comes
-#: first, whether scales are float16, and which tokens of the body are read from it.
-PAGE = "codes batch head row scale scale_batch scale_head offset table first half start stop".split()
-CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, HALF, START, STOP = range(len(PAGE))
+#: first, how scales are stored, and which tokens of the body are read from it.
+PAGE = "codes batch head row scale scale_batch scale_head offset table first stored start stop".split()
+CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, STORED, START, STOP = range(len(PAGE))
+#: How scales may be stored.
+FLOATS, HALVES, BYTES = range(3)
 
 #: What a mask is to the kernel: addresses (0: there is none) and strides of an additive mask and of one of bytes, and
 #: the query tokens of a group.
@@ -47,32 +50,62 @@ Work = namedtuple(
 
 
 @njit(nogil=True, inline="always")
-def fetch(address: Any, count: Any, half: Any, out: Any) -> None:
-    """Read `count` scales, float16 if `half`, else float32."""
-    if half:
+def fetch(address: Any, count: Any, stored: Any, out: Any) -> None:
+    """Read `count` scales, `stored` as `FLOATS`, `HALVES` or `BYTES`."""
+    if stored == HALVES:
         halves = carray(pointer_to(address, 2), (count,))
         for index in range(count):
             out[index] = half_to_float(halves[index])
+    elif stored == BYTES:
+        octets = carray(pointer_to(address, 0), (count,))
+        for index in range(count):
+            out[index] = byte_to_scale(octets[index])
     else:
         floats = carray(pointer_to(address, 1), (count,))
         for index in range(count):
             out[index] = floats[index]
 
 
+@njit(nogil=True, fastmath=True, inline="always")
+def fetch_offsets(address: Any, count: Any, stored: Any, scales: Any, bits: Any, entries: Any, out: Any) -> None:
+    """Read `count` offsets whose scales have been read; in bytes they are relative to those (see `engine.scales`)."""
+    if stored == BYTES:
+        span = np.float32(2.0 if entries else 2.0 ** math.ceil(bits))
+        middle = np.float32(0.0 if entries else (2.0 ** math.ceil(bits) - 1) / 2)
+        octets = carray(pointer_to(address, 0), (count,))
+        part = span / np.float32(PARTS)
+        for index in range(count):
+            out[index] = ((np.float32(octets[index]) - np.float32(CENTER)) * part - middle) * scales[index]
+    else:
+        fetch(address, count, stored, out)
+
+
 @njit(nogil=True, inline="always")
 def scales_at(page: Any, field: Any, batch: Any, head: Any, row: Any, width: Any) -> Any:
     """Return the address of a row of scales (or offsets) of `width` numbers."""
-    size = 2 if page[HALF] else 4
+    stored = page[STORED]
+    size = 4 if stored == FLOATS else 2 if stored == HALVES else 1
     return page[field] + size * (batch * page[SCALE_BATCH] + head * page[SCALE_HEAD] + row * width)
 
 
 @njit(nogil=True, inline="always")
-def fetch_by_group(address: Any, count: Any, groups: Any, half: Any, buffer: Any, out: Any) -> None:
-    """Read the scales of `count` tokens, `groups` each, as ``out[group, token]``."""
-    fetch(address, count * groups, half, buffer)
+def fetch_by_group(page: Any, address: Any, count: Any, groups: Any, work: Any) -> None:
+    """Read the scales of `count` tokens, `groups` each, to ``scales[token * groups + group]`` and ``by_group``."""
+    fetch(address, count * groups, page[STORED], work.scales)
     for group in range(groups):
         for token in range(count):
-            out[group, token] = buffer[token * groups + group]
+            work.by_group[group, token] = work.scales[token * groups + group]
+
+
+@njit(nogil=True, inline="always")
+def fetch_offsets_by_group(
+    page: Any, address: Any, count: Any, groups: Any, bits: Any, entries: Any, work: Any
+) -> None:
+    """Read the offsets of `count` tokens whose scales `fetch_by_group` has read, to ``offsets_by_group``."""
+    fetch_offsets(address, count * groups, page[STORED], work.scales, bits, entries, work.offsets)
+    for group in range(groups):
+        for token in range(count):
+            work.offsets_by_group[group, token] = work.offsets[token * groups + group]
 
 
 @njit(nogil=True, fastmath=True, inline="always")
@@ -97,13 +130,14 @@ def score_by_channel(
     while done < count:
         group = (position + done) // per
         stop = min(count, (group + 1) * per - position)
-        fetch(scales_at(page, SCALE, batch, head, group, shape), shape, page[HALF], work.scales)
+        fetch(scales_at(page, SCALE, batch, head, group, shape), shape, page[STORED], work.scales)
         for r in range(rows):
             work.shifts[r] = 0
             for d in range(shape):
                 work.folded[r, d] = own[r, d] * work.scales[d]
         if entries == 0:
-            fetch(scales_at(page, OFFSET, batch, head, group, shape), shape, page[HALF], work.offsets)
+            address = scales_at(page, OFFSET, batch, head, group, shape)
+            fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
             for r in range(rows):
                 shift = np.float32(0)
                 for d in range(shape):
@@ -164,10 +198,10 @@ def score_by_token(
         room,
     )
     address = scales_at(page, SCALE, batch, head, position, groups)
-    fetch_by_group(address, count, groups, page[HALF], work.scales, work.by_group)
+    fetch_by_group(page, address, count, groups, work)
     if entries == 0:
         address = scales_at(page, OFFSET, batch, head, position, groups)
-        fetch_by_group(address, count, groups, page[HALF], work.scales, work.offsets_by_group)
+        fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
     for r in range(rows):
         for t in range(count):
             work.scores[r, t] = 0
@@ -319,12 +353,13 @@ def mix_by_channel(
             entries,
             room,
         )
-        fetch(scales_at(page, SCALE, batch, head, group, shape), shape, page[HALF], work.scales)
+        fetch(scales_at(page, SCALE, batch, head, group, shape), shape, page[STORED], work.scales)
         for r in range(rows):
             for d in range(shape):
                 work.sums[r, d] += work.mix[r, d] * work.scales[d]
         if entries == 0:
-            fetch(scales_at(page, OFFSET, batch, head, group, shape), shape, page[HALF], work.offsets)
+            address = scales_at(page, OFFSET, batch, head, group, shape)
+            fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
             for r in range(rows):
                 weight = np.float32(0)
                 weights = work.scores[r, done:stop]
@@ -353,14 +388,14 @@ def mix_by_token(
     """Mix tokens that have their own scales: ``sum(w * (c * s + o)) = sum((w * s) * c) + sum(w * o)``."""
     groups = shape // per
     address = scales_at(page, SCALE, batch, head, position, groups)
-    fetch_by_group(address, count, groups, page[HALF], work.scales, work.by_group)
+    fetch_by_group(page, address, count, groups, work)
     for g in range(groups):
         for r in range(rows):
             for t in range(count):
                 work.weights[g, r, t] = work.scores[r, t] * work.by_group[g, t]
     if entries == 0:
         address = scales_at(page, OFFSET, batch, head, position, groups)
-        fetch_by_group(address, count, groups, page[HALF], work.scales, work.offsets_by_group)
+        fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
         for g in range(groups):
             for r in range(rows):
                 shift = np.float32(0)

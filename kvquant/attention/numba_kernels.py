@@ -22,7 +22,10 @@ from torch import Tensor
 
 from kvquant.attention import numba_blocks, simd, threads
 from kvquant.attention.numba_blocks import (
+    BYTES,
     FIRST,
+    FLOATS,
+    HALVES,
     LOWEST,
     MASK,
     PAGE,
@@ -61,6 +64,10 @@ JOB = ("taken batches heads slots rows tokens query segments pages masked cap hi
     TAKEN, BATCHES, HEADS, SLOTS, ROWS, TOKENS, QUERY, SEGMENTS, PAGES, MASKED, CAP, HIGHEST, TOTAL, MIXED,
 ) = range(len(JOB))  # fmt: skip
 PAGE_FIELDS, MASK_FIELDS = len(PAGE), len(MASK)
+
+
+#: How `numba_blocks.fetch` tells the types of scales apart.
+_STORED = {torch.float32: FLOATS, torch.float16: HALVES, torch.uint8: BYTES}
 
 
 @dataclass(frozen=True)
@@ -293,7 +300,7 @@ def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> li
         0 if page.offset is None else page.offset.data_ptr(),
         table,
         first,
-        int(page.scale.dtype == torch.float16),
+        _STORED[page.scale.dtype],
     ]
 
 

@@ -18,6 +18,8 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from kvquant.engine.scales import LOWEST_EXPONENT
+
 #: Whether numba compiles for registers of 512 bits.
 _WIDE = "+avx512f" in (config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
 #: Numbers in a vector, and tokens whose products are summed side by side: as many as the registers hold.
@@ -249,6 +251,17 @@ def half_to_float(_context: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], _HALF), _FLOAT)
 
     return types.float32(types.uint16), generate
+
+
+@intrinsic
+def byte_to_scale(_context: Any, stored: Any) -> Any:
+    """Return the scale that a uint8 stands for (see `kvquant.engine.scales`) as float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.shl(builder.zext(arguments[0], _INT), _INT(20))
+        return builder.bitcast(builder.add(bits, _INT((127 + LOWEST_EXPONENT) << 23)), _FLOAT)
+
+    return types.float32(types.uint8), generate
 
 
 @intrinsic(prefer_literal=True)

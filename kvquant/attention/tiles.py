@@ -7,7 +7,7 @@ softmax, Milakov and Gimelshein, arXiv 1805.02867; the same merge as in flash at
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -165,10 +165,16 @@ def _attend_body(
     last: Tensor | None,
     softcap: float | None,
 ) -> Part:
-    """Have a kernel attend over what may be rotated: the query is rotated for it, and the result back."""
-    rotation, other = keys.encoder.rotation, values.encoder.rotation
-    part = kernel(query if rotation is None else rotation.apply(query), keys, values, mask, last, softcap)
-    return part if other is None else Part(part.highest, part.total, other.undo(part.mixed))
+    """Have a kernel attend in the frames of keys and values: the query goes there, and the result comes back."""
+    asked, shift = keys.frame.query(query)
+    if shift is not None and softcap is not None:
+        # A cap takes whole scores, and kernels know nothing of what is added to theirs.
+        part = attend_tiles(asked, keys, values, mask, last, softcap, shift)
+    else:
+        part = kernel(asked, keys, values, mask, last, softcap)
+        if shift is not None:
+            part = replace(part, highest=part.highest + shift)
+    return replace(part, mixed=values.frame.mixture(part.mixed, part.total))
 
 
 def attend_tiles(
@@ -178,8 +184,14 @@ def attend_tiles(
     mask: Tensor | None,
     last: Tensor | None,
     softcap: float | None = None,
+    shift: Tensor | None = None,
 ) -> Part:
-    """Attend over bodies tile by tile, dequantised as they were rotated; this is a `parts.Kernel`, for every format."""
+    """Attend over bodies tile by tile, dequantised in their frames; this is a `parts.Kernel`, for every format.
+
+    Args:
+        query, keys, values, mask, last, softcap: as for `parts.Kernel`.
+        shift: what is added to each query's scores before the cap, ``[batch, kv_heads, rows]``; None for nothing.
+    """
     batch, kv_heads, rows, _ = query.shape
     queries = query_tokens(rows, mask, last)
     shape = (batch, kv_heads, rows // queries, queries)
@@ -187,10 +199,10 @@ def attend_tiles(
     numbers = batch * kv_heads * max(keys.head_dim, values.head_dim, rows)
     for start, stop in keys.spans(_fitting_tokens(numbers)):
         keys_tile, values_tile = (
-            body.tile(start, stop, body.encoder.dtype, rotated=True).to(query.device, query.dtype)
+            body.tile(start, stop, body.encoder.dtype, framed=True).to(query.device, query.dtype)
             for body in (keys, values)
         )
-        scores = _hidden(_scores(query, keys_tile, shape, softcap), mask, last, start, stop)
+        scores = _hidden(_scores(query, keys_tile, shape, softcap, shift), mask, last, start, stop)
         running = running or Running(shape, values.head_dim, query.dtype, query.device)
         running.add(scores, values_tile)
     if running is None:
@@ -198,8 +210,12 @@ def attend_tiles(
     return running.part()
 
 
-def _scores(query: Tensor, keys: Tensor, shape: tuple[int, int, int, int], softcap: float | None) -> Tensor:
+def _scores(
+    query: Tensor, keys: Tensor, shape: tuple[int, int, int, int], softcap: float | None, shift: Tensor | None = None
+) -> Tensor:
     scores = query @ keys.transpose(-1, -2)
+    if shift is not None:
+        scores += shift.unsqueeze(-1)
     return soft_capped(scores.reshape(*shape, keys.shape[2]), softcap)
 
 

@@ -28,8 +28,15 @@ import os
 import triton
 import triton.language as tl
 
+from kvquant.engine import scales
+
 #: The interpreter multiplies the bits of bfloat16 as if they were integers: there its numbers go through as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+#: How scales and offsets are written in bytes, see `kvquant.engine.scales`.
+LOWEST_EXPONENT = tl.constexpr(scales.LOWEST_EXPONENT)
+PARTS, CENTER = tl.constexpr(scales.PARTS), tl.constexpr(scales.CENTER)
 
 #: Where the scales of a side go: to all tokens of a tile, to each token, to each number; see `triton_kernels`.
 CHANNEL, TOKEN, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -103,10 +110,21 @@ def _folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.constex
 
     Spare capacity holds anything, NaN too, so nothing may be read behind the valid tokens.
     """
-    scale = tl.load(scales + at, mask=read, other=0.0).to(tl.float32)
+    stored = tl.load(scales + at, mask=read, other=0)
+    in_bytes: tl.constexpr = stored.dtype == tl.uint8
+    if in_bytes:  # a byte in front of the fraction of a float32, see `kvquant.engine.scales`
+        number = ((stored.to(tl.int32) << 20) + ((127 + LOWEST_EXPONENT) << 23)).to(tl.float32, bitcast=True)
+        scale = tl.where(read, number, 0.0)
+    else:
+        scale = stored.to(tl.float32)
     offset = tl.zeros_like(scale)
     if not codebook:
-        offset = tl.load(offsets + at, mask=read, other=0.0).to(tl.float32)
+        place = tl.load(offsets + at, mask=read, other=0).to(tl.float32)
+        if in_bytes:
+            levels: tl.constexpr = 1 << nbits
+            offset = ((place - CENTER) * (levels / PARTS) - (levels - 1) / 2) * scale
+        else:
+            offset = place
         if mode != GENERAL and nbits < 8:
             # code * s + o = (1 + code / 2^nbits) * (s * 2^nbits) + (o - s * 2^nbits)
             scale = scale * (1 << nbits)

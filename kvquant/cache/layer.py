@@ -209,6 +209,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 dtype=dtypes[stream],
                 formats=settings.backend.capabilities.formats,
                 rotation=None if settings.rotation is None else Rotation(settings.rotation),
+                smooths=settings.smooths,
+                scale_bits=settings.scale_bits,
             )
 
         return {

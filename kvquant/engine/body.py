@@ -18,6 +18,8 @@ from kvquant.engine.opaque import OpaquePage
 from kvquant.engine.pages import CanonicalPage, Page
 from kvquant.engine.state import Saved, State
 from kvquant.engine.window import WindowPolicy
+from kvquant.transforms.frame import Frame
+from kvquant.transforms.smoothing import Smoothing
 
 
 @dataclass
@@ -27,10 +29,12 @@ class Staged:
     Attributes:
         lengths: pages written to, and the length each will have.
         tokens: how many tokens there are in all.
+        smoothing: of the body's channels, from these tokens on.
     """
 
     lengths: list[tuple[Page, int]] = field(default_factory=list)
     tokens: int = 0
+    smoothing: Smoothing | None = None
 
 
 class Body:
@@ -45,6 +49,7 @@ class Body:
         hidden: how many of the oldest are out of view. They are not counted, read or attended to, and lie in memory
             until all of their page are: a group can only be let go whole.
         first_token: position in the sequence of the first token held.
+        smoothing: of its channels, found in its first block; None while it is empty, or where none is wanted.
 
     Spare capacity is at most one page or an eighth of what is stored: a new page takes what is at hand, and at least
     an eighth of the length so far. So the number of pages grows with the logarithm of the length, nothing is ever
@@ -69,6 +74,7 @@ class Body:
         self.pages: list[Page] = []
         self.hidden = 0
         self.first_token = policy.sink_length
+        self.smoothing: Smoothing | None = None
         self._starts = [0]
         self._policy = policy
         self.kv_heads, self.head_dim = like.shape[1], like.shape[3]
@@ -114,18 +120,34 @@ class Body:
         return freed
 
     @property
-    def wide(self) -> bool:
-        """Whether scales are kept in float32 from here on, see `Encoder.encode`."""
-        return bool(self.pages) and self.pages[-1].wide
+    def scale_bits(self) -> int:
+        """Bits that scales have at least from here on, see `Encoder.encode`."""
+        return self.pages[-1].scale_bits if self.pages else 0
 
-    def stage(self, pieces: Iterator[Piece], tokens: int) -> Staged:
+    @property
+    def frame(self) -> Frame:
+        """The frame in which its tokens are quantised."""
+        return Frame(self.smoothing, self.encoder.rotation)
+
+    def smoothing_for(self, block: Tensor) -> Smoothing | None:
+        """Return how the next tokens are smoothed.
+
+        Args:
+            block: the first of them, ``[batch, kv_heads, tokens, head_dim]``.
+        """
+        if self.smoothing is None and self.encoder.smooths:
+            return Smoothing.fit(block).to(self.device)
+        return self.smoothing
+
+    def stage(self, pieces: Iterator[Piece], tokens: int, smoothing: Smoothing | None = None) -> Staged:
         """Write pieces behind the valid tokens without making them count.
 
         Args:
             pieces: what to write, produced as it is consumed so that only one chunk is alive at a time.
             tokens: how many tokens they have together.
+            smoothing: what `smoothing_for` said of them.
         """
-        staged = Staged()
+        staged = Staged(smoothing=smoothing)
         stored = self.held
         page = self.pages[-1] if self.pages else None
         at = page.length if page else 0
@@ -146,6 +168,8 @@ class Body:
 
     def commit(self, staged: Staged) -> None:
         """Make staged tokens count."""
+        if staged.tokens:
+            self.smoothing = staged.smoothing
         self._copies.forget(page for page, _ in staged.lengths)
         for page, length in staged.lengths:
             if not any(page is known for known in self.pages):
@@ -173,6 +197,8 @@ class Body:
             page.discard()
             if page.capacity - page.length > self._policy.spare(tokens):
                 page.trim(page.length)
+        if not self.pages and self.first_token == self._policy.sink_length:
+            self.smoothing = None  # as if nothing had ever been quantised
         self._index()
 
     def without(self, tokens: int) -> Body:
@@ -194,6 +220,7 @@ class Body:
         """Return a body of other states ``[batch, kv_heads, len(self), head_dim]``, in pages of the same lengths."""
         body = self._empty(states)
         body.first_token, body.hidden = self.first_token, self.hidden
+        body.smoothing = self.smoothing_for(states) if self.pages else None
         for page, start in zip(self.pages, self._starts[:-1], strict=True):
             # A page that a crop left ending inside a group is filled up with its own last token, which moves no
             # minimum or maximum, and cut back after; what is hidden of a page, likewise, with the first in view.
@@ -205,7 +232,8 @@ class Body:
                 dim=2,
             )
             fresh = self._empty(states)
-            pieces = self.encoder.encode(filled, self.first_token + self.hidden + start, wide=body.wide)
+            position = self.first_token + self.hidden + start
+            pieces = self.encoder.encode(filled, position, body.frame, body.scale_bits)
             fresh.commit(fresh.stage(pieces, filled.shape[2]))
             fresh.truncate(page.length)
             fresh.pages[-1].trim(fresh.pages[-1].length)
@@ -218,9 +246,9 @@ class Body:
 
     # -------------------------------------------------------------------------------------------- reading
 
-    def read(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Iterator[Tensor]:
-        """Yield tokens `start` to `stop` page by page, dequantised; as they were quantised if `rotated`."""
-        rotation = None if rotated else self.encoder.rotation
+    def read(self, start: int, stop: int, dtype: torch.dtype, *, framed: bool = False) -> Iterator[Tensor]:
+        """Yield tokens `start` to `stop` page by page, dequantised; in their frame if `framed`."""
+        frame = self.frame
         pages = self.near
         for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(pages)):
             before = self._starts[at]
@@ -229,7 +257,7 @@ class Body:
                 break
             if low < high:
                 states = pages[at].dequantize(low, high, dtype)
-                yield states if rotation is None else rotation.undo(states)
+                yield states if framed else frame.leave(states)
 
     def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time, each in a page."""
@@ -237,13 +265,13 @@ class Body:
             for low in range(max(0, start), stop, tile_tokens):
                 yield low, min(low + tile_tokens, stop)
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Tensor:
-        """Return tokens `start` to `stop`, dequantised; as they were quantised if `rotated`.
+    def tile(self, start: int, stop: int, dtype: torch.dtype, *, framed: bool = False) -> Tensor:
+        """Return tokens `start` to `stop`, dequantised; in the frame in which they were quantised if `framed`.
 
         Returns:
             ``[batch, kv_heads, stop - start, head_dim]``.
         """
-        parts = list(self.read(start, stop, dtype, rotated=rotated))
+        parts = list(self.read(start, stop, dtype, framed=framed))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     # -------------------------------------------------------------------------------------------- other changes
@@ -251,6 +279,8 @@ class Body:
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
         self._copies.forget()
+        if self.smoothing is not None:
+            self.smoothing = self.smoothing.select(indices.to(self.device))
         for page in self.pages:
             page.select(indices.to(self.home.device))
 
@@ -264,6 +294,7 @@ class Body:
         body = copy.copy(self)
         body.device, body.home, body._copies = device, host_for(device) if offload else Home(device), Copies(device)
         body.pages = [page.mapped(body.home.keep, body.home) for page in self.pages]
+        body.smoothing = None if self.smoothing is None else self.smoothing.to(device)
         return body
 
     # -------------------------------------------------------------------------------------------- host memory
@@ -293,6 +324,8 @@ class Body:
         """Return what the body is, without its spare capacity."""
         state = State()
         state.put_all("pages", [page.state() for page in self.pages])
+        if self.smoothing is not None:
+            state.tensors.update(center=self.smoothing.center, spread=self.smoothing.spread)
         return state
 
     def restore(self, saved: Saved, batch: int) -> None:
@@ -307,6 +340,10 @@ class Body:
         """
         stored = 0
         parts = list(saved.parts("pages"))
+        if parts and self.encoder.smooths:
+            shape = (batch, self.kv_heads, 1, self.head_dim)
+            center, spread = (saved.take(name, shape, ["float16"]) for name in ("center", "spread"))
+            self.smoothing = Smoothing(center, spread).to(self.device)
         for part in parts:
             length = part.integer("length", 1)
             page: Page
@@ -316,8 +353,8 @@ class Body:
             else:
                 # Room behind a page that another has followed was given back.
                 most = length + (self._policy.spare(stored + length) if part is parts[-1] else 0)
-                shape = (batch, self.kv_heads, length, self.head_dim)
-                page = CanonicalPage.restored(self.encoder, part, shape, part.integer("capacity", length, most))
+                whole = (batch, self.kv_heads, length, self.head_dim)
+                page = CanonicalPage.restored(self.encoder, part, whole, part.integer("capacity", length, most))
                 page = page.mapped(self.home.keep)
             self.pages.append(page)
             stored += page.length
@@ -327,6 +364,9 @@ class Body:
         """Yield ``(part, tensor, valid bytes)`` of every tensor held."""
         for page in self.pages:
             yield from page.parts()
+        if self.smoothing is not None:
+            for tensor in (self.smoothing.center, self.smoothing.spread):
+                yield "tables", tensor, tensor.nbytes
         for page in self._copies:
             yield from (("copies", tensor, tensor.nbytes) for _, tensor, _ in page.parts())
 

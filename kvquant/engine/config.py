@@ -53,6 +53,10 @@ class CacheConfig:
         rotation_key, rotation_value: rotation of a head's channels before they are quantised, ``"hadamard"`` or
             ``"random"`` (see `kvquant.transforms.rotations.Rotation`); None for none. It spreads outlier channels,
             which helps keys on the token axis most.
+        smoothing_key, smoothing_value: whether channels are centred, and outlier channels scaled down, by what the
+            first quantised block says of them (see `kvquant.transforms.smoothing`).
+        scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see
+            `kvquant.engine.scales`); a scale that needs more gets more.
         residual_length: most recent tokens that stay in full precision, at least.
         sink_length: first tokens that stay in full precision for ever.
         compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
@@ -87,6 +91,9 @@ class CacheConfig:
     group_size_value: int | None = None
     rotation_key: str | None = None
     rotation_value: str | None = None
+    smoothing_key: bool = False
+    smoothing_value: bool = False
+    scale_bits: int = 16
     residual_length: int = 128
     sink_length: int = 0
     compute_dtype: str | None = None

@@ -7,7 +7,7 @@ list of *pieces*, runs of whole blocks that share one layout; nothing of a store
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.packing import pack
+from kvquant.engine.scales import Levels, nearest_codes, read_offset, read_scale, to_bytes
 from kvquant.errors import BackendContractError, QuantizationError
-from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
+from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, Quantizer
 from kvquant.plugin.spec import Scheme
+from kvquant.transforms.frame import Frame
 from kvquant.transforms.rotations import Rotation
 
 #: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
@@ -34,22 +36,38 @@ class Encoded:
 
     Attributes:
         codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
-        scale: floating, shaped as the grid of scales (see `grouping`).
+        scale: the grid of scales (see `grouping`), floating or in bytes (see `scales`).
         offset: like `scale` (affine), or None (codebook).
         table: floating ``[2**nbits]`` (codebook), or None (affine).
-        fits_half: whether scale and offset lose little in float16.
+        compact: the same piece with scales in 8 bits, and codes chosen after them; None if it was not asked for.
+        fits: bool, like `scale`: which groups lose nothing that matters in `compact`.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
     table: Tensor | None
-    fits_half: bool = False
+    compact: Encoded | None = None
+    fits: Tensor | None = None
 
-    def narrowed(self) -> Encoded:
-        """Return the piece with scales in float16."""
+    def stored(self, bits: int) -> Encoded:
+        """Return the piece as it is stored with scales of `bits` bits."""
+        if bits == 8 and self.compact is not None:
+            return self.compact
+        if bits > 16:
+            return Encoded(self.codes, self.scale, self.offset, self.table)
         offset = None if self.offset is None else self.offset.half()
-        return Encoded(self.codes, self.scale.half(), offset, self.table, fits_half=True)
+        return Encoded(self.codes, self.scale.half(), offset, self.table)
+
+    def run(self, tokens: slice, rows: slice) -> Encoded:
+        """Return some of its tokens, which have `rows` of the grid of scales."""
+        return Encoded(
+            codes=self.codes[:, :, tokens],
+            scale=self.scale[:, :, rows],
+            offset=None if self.offset is None else self.offset[:, :, rows],
+            table=self.table,
+            compact=None if self.compact is None else self.compact.run(tokens, rows),
+        )
 
     @property
     def tokens(self) -> int:
@@ -81,7 +99,9 @@ class Encoder:
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
-        rotation: what is done to states before; None for nothing.
+        rotation: what is done to the channels before; None for nothing.
+        smooths: whether channels are smoothed before that, see `kvquant.transforms.smoothing`.
+        scale_bits: bits in which scales are stored, as far as that does no harm: 8 or 16.
     """
 
     backend: str
@@ -93,20 +113,23 @@ class Encoder:
     dtype: torch.dtype
     formats: tuple[str, ...]
     rotation: Rotation | None = None
+    smooths: bool = False
+    scale_bits: int = 16
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
 
-    def encode(self, states: Tensor, first_token: int, *, wide: bool = False) -> Iterator[Piece]:
+    def encode(self, states: Tensor, first_token: int, frame: Frame, bits: int = 0) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
 
-        Scales are kept in float16 until a block comes that float16 would harm, and in float32 from there on: so the
-        layout changes once at most, and depends on the tokens alone, not on how they came.
+        Scales are kept in few bits until a block comes that those would harm, and in more from there on: so the layout
+        changes seldom, and depends on the tokens alone, not on how they came.
 
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``; tokens a multiple of `block`.
             first_token: position of the first of them in the sequence, for messages.
-            wide: whether such a block has come before.
+            frame: in which they are quantised.
+            bits: of the scales of the block before.
 
         Yields:
             The pieces in order of tokens.
@@ -115,18 +138,19 @@ class Encoder:
             QuantizationError: the backend raised.
             BackendContractError: the backend returned something that it must not.
         """
+        bits = max(bits, self.scale_bits)
         for start, stop in self._chunks(states):
             try:
-                pieces = self._encode_chunk(states[:, :, start:stop])
+                pieces = self._encode_chunk(frame.enter(states[:, :, start:stop].to(self.dtype)))
             except BackendContractError:
                 raise
             except Exception as cause:
                 raise QuantizationError(
                     self.backend, self.stream, first_token + start, first_token + stop, cause, self.where
                 ) from cause
-            for piece in pieces:
-                wide = wide or (isinstance(piece, Encoded) and not piece.fits_half)
-                yield piece.narrowed() if isinstance(piece, Encoded) and not wide else piece
+            for piece, needed in pieces:
+                bits = max(bits, needed)
+                yield piece.stored(bits) if isinstance(piece, Encoded) else piece
 
     def _chunks(self, states: Tensor) -> Iterator[tuple[int, int]]:
         batch, heads, tokens, head_dim = states.shape
@@ -134,50 +158,62 @@ class Encoder:
         for start in range(0, tokens, step):
             yield start, min(start + step, tokens)
 
-    def _encode_chunk(self, states: Tensor) -> list[Piece]:
+    def _encode_chunk(self, states: Tensor) -> list[tuple[Piece, int]]:
+        """Return pieces, and the bits that their scales need."""
         if "opaque" in self.formats:
-            return self._encode_opaque(states)
+            return [(piece, 0) for piece in self._encode_opaque(states)]
         # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
         rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
         parts = [self._encode_rows(part) for part in states.split(rows_per_call)]
-        return list(self._by_scale_dtype(parts[0] if len(parts) == 1 else self._join(parts)))
+        return list(self._by_precision(parts[0] if len(parts) == 1 else self._join(parts)))
 
     @property
     def border(self) -> Border:
         """The checks that everything passes on its way from the backend into the core."""
         return Border(self.backend, self.scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
 
-    def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
-        exact = states.to(self.dtype)
-        rotated = exact if self.rotation is None else self.rotation.apply(exact)
-        rows = states_to_rows(rotated, self.scheme.axis, self.scheme.group_size)
+    def _rows(self, states: Tensor) -> Tensor:
+        rows = states_to_rows(states, self.scheme.axis, self.scheme.group_size)
         if rows.untyped_storage().data_ptr() == states.untyped_storage().data_ptr():
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
-        return self.quantizer.quantize(rows.contiguous())
+        return rows.contiguous()
 
     def _encode_rows(self, states: Tensor) -> Encoded:
-        scheme = self.scheme
-        shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
-        result = self._quantize(states)
-        n_groups = states.numel() // scheme.group_size
+        numbers = self._rows(states)
         border = self.border
-        rows = border.rows(result, n_groups, states.device)
-        codes = rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size)
+        rows = border.rows(self.quantizer.quantize(numbers), len(numbers), states.device)
+        wide = border.wide_dtype
+        scale = rows.scale.to(wide)
+        offset = None if rows.offset is None else rows.offset.to(wide)
+        table = None if rows.table is None else rows.table.to(wide)
+        piece = self._laid_out(states, rows.codes, scale, offset, table)
+        if self.scale_bits > 8:
+            return piece
+        levels = Levels.of(self.scheme.nbits, table)
+        scale, offset, fits = to_bytes(scale, offset, levels)
+        taken = read_scale(scale, wide)
+        shift = None if offset is None else read_offset(offset, taken, levels)
+        codes = nearest_codes(numbers.to(wide), taken, shift, table, self.scheme.nbits)
+        compact = self._laid_out(states, codes, scale, offset, table)
+        return replace(piece, compact=compact, fits=fits.reshape(piece.scale.shape))
+
+    def _laid_out(
+        self, states: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None
+    ) -> Encoded:
+        """Return a piece of what there is for each row."""
+        scheme, shape = self.scheme, (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
-            codes=pack(codes, scheme.nbits),
-            scale=rows.scale.to(border.wide_dtype).reshape(grid),
-            offset=None if rows.offset is None else rows.offset.to(border.wide_dtype).reshape(grid),
-            table=None if rows.table is None else rows.table.to(border.wide_dtype),
+            codes=pack(rows_to_states(codes, shape, scheme.axis, scheme.group_size), scheme.nbits),
+            scale=scale.reshape(grid),
+            offset=None if offset is None else offset.reshape(grid),
+            table=table,
         )
 
     def _encode_opaque(self, states: Tensor) -> list[Piece]:
         pieces: list[Piece] = []
         for block in states.split(self.block, dim=2):
-            packed = []
-            for row in block.split(1):
-                result = self._quantize(row)
-                packed.append(self.border.opaque(result))
+            packed = [self.border.opaque(self.quantizer.quantize(self._rows(row))) for row in block.split(1)]
             if packed and not pieces:
                 # One block of a call is read back before the states that it stands for are let go.
                 self.read(packed[0], block[0].numel())
@@ -212,36 +248,39 @@ class Encoder:
             scale=torch.cat([part.scale for part in parts]),
             offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
             table=first.table,
+            compact=None if first.compact is None else self._join([part.compact or part for part in parts]),
+            fits=None if first.fits is None else torch.cat([_given(part.fits) for part in parts]),
         )
 
     # -------------------------------------------------------------------------------------------- stored precision
 
-    def _by_scale_dtype(self, piece: Encoded) -> Iterator[Encoded]:
-        """Cut a piece into runs of blocks whose scales fit float16 and runs whose scales do not.
+    def _by_precision(self, piece: Encoded) -> Iterator[tuple[Encoded, int]]:
+        """Cut a piece into runs of blocks whose scales need the same bits, and say how many.
 
-        float16 holds most scales with an error that is small beside a quantisation step, at half the bytes. Each
-        block is judged by itself, so that the answer does not depend on which blocks came in one call.
+        float16 holds most scales with an error that is small beside a quantisation step, at half the bytes, and so do
+        8 bits where codes are chosen after them. Each block is judged by itself, so that the answer does not depend on
+        which blocks came in one call.
         """
-        fits = self._fits_half(piece).tolist()
+        needs = self._needed_bits(piece).tolist()
         tokens_per_scale = self.scheme.group_size if self.scheme.axis == "channel" else 1
         start = 0
-        while start < len(fits):
+        while start < len(needs):
             stop = start
-            while stop < len(fits) and fits[stop] == fits[start]:
+            while stop < len(needs) and needs[stop] == needs[start]:
                 stop += 1
             tokens = slice(start * self.block, stop * self.block)
-            scales = slice(tokens.start // tokens_per_scale, tokens.stop // tokens_per_scale)
-            yield Encoded(
-                codes=piece.codes[:, :, tokens],
-                scale=piece.scale[:, :, scales],
-                offset=None if piece.offset is None else piece.offset[:, :, scales],
-                table=piece.table,
-                fits_half=fits[start],
-            )
+            rows = slice(tokens.start // tokens_per_scale, tokens.stop // tokens_per_scale)
+            yield piece.run(tokens, rows), needs[start]
             start = stop
 
+    def _needed_bits(self, piece: Encoded) -> Tensor:
+        """Return int64 ``[blocks]``: the bits that the scales of every block need."""
+        blocks = piece.tokens // self.block
+        needed = torch.where(_in_every(self._fits_half(piece), blocks), 16, 8 * piece.scale.element_size())
+        return needed if piece.fits is None else torch.where(_in_every(piece.fits, blocks), 8, needed)
+
     def _fits_half(self, piece: Encoded) -> Tensor:
-        """Return bool ``[blocks]``: rounding to float16 costs a small share of a step, for every group of the block."""
+        """Return bool like the grid of scales: whether rounding to float16 costs a small share of a step."""
         scale, reach = piece.scale, float(2**self.scheme.nbits - 1)
         step = scale.abs()
         if piece.table is not None:
@@ -249,8 +288,13 @@ class Encoder:
         error = (scale.half().to(scale.dtype) - scale).abs() * reach
         if piece.offset is not None:
             error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()
-        by_block: Tensor = (error <= _HALF_PRECISION_SHARE * step).unflatten(2, (piece.tokens // self.block, -1))
-        return by_block.transpose(0, 2).flatten(1).all(dim=1)
+        return error <= _HALF_PRECISION_SHARE * step
+
+
+def _in_every(groups: Tensor, blocks: int) -> Tensor:
+    """Return bool ``[blocks]``: whether it is so for every group of the block, ``[batch, kv_heads, rows, columns]``."""
+    by_block: Tensor = groups.unflatten(2, (blocks, -1))
+    return by_block.transpose(0, 2).flatten(1).all(dim=1)
 
 
 def _entry_over_gap(table: Tensor) -> float:

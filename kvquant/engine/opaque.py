@@ -45,9 +45,9 @@ class OpaquePage:
         return len(self._blocks) * self._encoder.block
 
     @property
-    def wide(self) -> bool:
+    def scale_bits(self) -> int:
         """Opaque blocks have no scales that the core would know of."""
-        return False
+        return 0
 
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`."""

@@ -22,10 +22,16 @@ LAYER_OPTIONS = (
     "group_size_value",
     "rotation_key",
     "rotation_value",
+    "smoothing_key",
+    "smoothing_value",
+    "scale_bits",
     "residual_length",
     "sink_length",
     "options",
 )
+
+#: Bits in which scales can be stored.
+SCALE_BITS = (8, 16)
 
 #: transformers' names for our options.
 ALIASES = {"q_group_size": "group_size"}
@@ -81,6 +87,10 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "a whole number above 0, or None to have it chosen")
         if option.startswith("rotation") and value not in (None, *ROTATIONS):
             raise OptionValueError(name, value, f"one of {', '.join(ROTATIONS)}, or None")
+        if option.startswith("smoothing") and not isinstance(value, bool):
+            raise OptionValueError(name, value, "True or False")
+        if option == "scale_bits" and not is_int(value, SCALE_BITS):
+            raise OptionValueError(name, value, f"one of {', '.join(map(str, SCALE_BITS))}")
         if option.endswith("_length") and not (is_int(value) and value >= 0):
             raise OptionValueError(name, value, "a whole number of tokens, 0 or more")
         if option == "options":

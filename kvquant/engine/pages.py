@@ -18,6 +18,7 @@ from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
 from kvquant.engine.packing import packed_bytes, unpack
+from kvquant.engine.scales import Levels, read_offset, read_scale
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 
 #: Bytes that an in-place selection may copy at once.
@@ -34,8 +35,8 @@ class Page(Protocol):
         """Tokens that fit."""
 
     @property
-    def wide(self) -> bool:
-        """Whether its scales are wider than float16."""
+    def scale_bits(self) -> int:
+        """Bits of its scales, 0 where it has none."""
 
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`: same layout, whole groups, room for one block."""
@@ -80,7 +81,7 @@ class CanonicalPage:
         scheme: bits, axis and group size.
         head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
-        scale: float16 or float32, the grid of scales of `capacity` tokens.
+        scale: the grid of scales of `capacity` tokens, as they are stored (see `scales`).
         offset: like `scale`, or None (codebook).
         table: float32 ``[2**nbits]``, or None (affine).
         length: valid tokens.
@@ -107,9 +108,9 @@ class CanonicalPage:
         return self.codes.shape[2]
 
     @property
-    def wide(self) -> bool:
-        """Whether its scales are wider than float16."""
-        return self.scale.dtype != torch.float16
+    def scale_bits(self) -> int:
+        """Bits of its scales."""
+        return 8 * self.scale.element_size()
 
     def accepts(self, piece: Piece, at: int) -> bool:
         """Whether `piece` may be written behind token `at`."""
@@ -142,12 +143,12 @@ class CanonicalPage:
         axis, group_size, per = self.scheme.axis, self.scheme.group_size, self._tokens_per_scale
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
-        scale = grouped_grid(self.scale[:, :, first:last].to(dtype), axis)
-        if self.table is not None:
-            states = grouped(self.table.to(dtype)[codes.int()], axis, group_size).mul_(scale)
-        else:
-            offset = grouped_grid(cast("Tensor", self.offset)[:, :, first:last].to(dtype), axis)
-            states = grouped(codes.to(dtype), axis, group_size).mul_(scale).add_(offset)
+        scale = read_scale(self.scale[:, :, first:last], dtype)
+        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[codes.int()]
+        states = grouped(numbers, axis, group_size).mul_(grouped_grid(scale, axis))
+        if self.offset is not None:
+            levels = Levels.of(self.scheme.nbits, self.table)
+            states.add_(grouped_grid(read_offset(self.offset[:, :, first:last], scale, levels), axis))
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
     def _codes(self, start: int, stop: int) -> Tensor:
@@ -227,7 +228,9 @@ class CanonicalPage:
         grid = scale_grid_shape((*shape[:2], scales * per, shape[3]), encoder.scheme.axis, encoder.scheme.group_size)
         wide = dtype_name(encoder.border.wide_dtype)
         page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], nbits)), ["uint8"])
-        page.scale = saved.take("scale", grid, ["float16", wide])
+        page.scale = saved.take(
+            "scale", grid, ["uint8", "float16", wide] if encoder.scale_bits == 8 else ["float16", wide]
+        )
         kind = "affine" if saved.has("offset") else "codebook"
         if kind not in encoder.formats:
             raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")

@@ -30,6 +30,8 @@ class StreamSettings:
         backend: the backend that quantises them.
         nbits, axis, group_size: the scheme; `group_size` None is decided once head_dim is known.
         rotation: name of the rotation before quantisation, None for none.
+        smooths: whether channels are smoothed before that.
+        scale_bits: bits in which scales are stored, as far as that does no harm.
         options: the backend's own options.
     """
 
@@ -40,6 +42,8 @@ class StreamSettings:
     axis: Axis
     group_size: int | None
     rotation: RotationName | None
+    smooths: bool
+    scale_bits: int
     options: Mapping[str, Any]
 
     def scheme(self, head_dim: int | None = None, device: str | None = None, dtype: str | None = None) -> Scheme:
@@ -122,6 +126,8 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
             axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
             group_size=options["group_size"] if group_size is None else group_size,
             rotation=options[f"rotation_{stream}"],
+            smooths=options[f"smoothing_{stream}"],
+            scale_bits=options["scale_bits"],
             options=options["options"],
         )
         scheme = settings.scheme(dtype=config.compute_dtype)

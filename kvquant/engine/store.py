@@ -24,6 +24,7 @@ from kvquant.engine.departed import Departed
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.offload import Place
 from kvquant.engine.window import WindowPolicy
+from kvquant.transforms.frame import Frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,10 @@ class Store:
         body = Staged()
         if leaving:
             position = self.body.first_token + self.body.held
-            body = self.body.stage(self._encode(states, first, first + leaving, position), leaving)
+            smoothing = self.body.smoothing_for(self._span(states, first, first + self.policy.block))
+            frame = Frame(smoothing, self.body.encoder.rotation)
+            pieces = self._encode(states, first, first + leaving, position, frame)
+            body = self.body.stage(pieces, leaving, smoothing)
         # Set the sink apart once quantised tokens will lie between it and the window.
         sink = self._span(states, 0, first).clone() if leaving and self.sink is None else self.sink
         dropped = first + leaving
@@ -160,7 +164,7 @@ class Store:
         """Stage and commit `states` at once."""
         self.commit(self.stage(states, self.leaving(states.shape[2])))
 
-    def _encode(self, states: Tensor, start: int, stop: int, position: int) -> Iterator[Piece]:
+    def _encode(self, states: Tensor, start: int, stop: int, position: int, frame: Frame) -> Iterator[Piece]:
         """Encode tokens `start` to `stop` of the buffer followed by `states`, straight from where they lie.
 
         Whole blocks lie in the buffer alone or in `states` alone but for one that straddles both.
@@ -168,12 +172,12 @@ class Store:
         held, block = len(self.recent), self.policy.block
         inside = start + max(0, min(held, stop) - start) // block * block
         straddling = min(stop, inside + block) if inside < held else inside
-        wide = self.body.wide
+        bits = self.body.scale_bits
         for low, high in ((start, inside), (inside, straddling), (straddling, stop)):
             if low < high:
                 span = self._span(states, low, high)
-                for piece in self.body.encoder.encode(span, position + low - start, wide=wide):
-                    wide = wide or (isinstance(piece, Encoded) and not piece.fits_half)
+                for piece in self.body.encoder.encode(span, position + low - start, frame, bits):
+                    bits = 8 * piece.scale.element_size() if isinstance(piece, Encoded) else bits
                     yield piece
 
     def _span(self, states: Tensor, start: int, stop: int) -> Tensor:

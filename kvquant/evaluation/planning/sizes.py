@@ -76,6 +76,7 @@ class _Stream:
     heads: int
     channels: int
     token_bytes: int  # of one token of one batch row in full precision
+    smoothing_bytes: int  # of what one batch row is smoothed by
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _QuantizedLayer:
             parts.update({"spare": (recent.capacity - len(recent)) * row})
             parts.update(stream.layout.parts(held, self.batch, stream.heads))
         if held.pages:
+            parts["tables"] += sum(self.batch * stream.smoothing_bytes for stream in self.streams)
             shared = [(one.layout.shared_part, tensor) for one in self.streams for tensor in one.layout.shared]
             memory = layer_memory(0, 0, (0, 0), [(part, tensor, tensor.nbytes) for part, tensor in shared])
             parts.update(memory.parts)
@@ -222,6 +224,7 @@ def _quantized(
             empty.shape[1],
             empty.shape[3],
             empty.shape[1] * empty.shape[3] * empty.element_size(),
+            2 * empty.shape[1] * empty.shape[3] * torch.float16.itemsize if encoder.smooths else 0,
         )
         for encoder, empty in zip(encoders, like, strict=True)
     )

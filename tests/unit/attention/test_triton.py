@@ -52,7 +52,7 @@ def exact(store):
     """What a store stands for, in float64 and without a rounding."""
     parts = [store.tile(0, store.sink_tokens).double()] if store.sink_tokens else []
     rotation = store.body.encoder.rotation
-    read = store.body.read(0, len(store.body), torch.float64, rotated=True)
+    read = store.body.read(0, len(store.body), torch.float64, framed=True)
     parts += read if rotation is None else map(rotation.undo, read)
     recent = store.sink_tokens + len(store.body)
     return torch.cat([*parts, store.tile(recent, len(store)).double()], dim=2)

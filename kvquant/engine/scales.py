@@ -1,0 +1,121 @@
+"""How scales and offsets are stored: in 8, 16 or 32 bits, and in 64 for caches that compute in float64.
+
+In 16 and 32 bits they are floating numbers. In 8 bits a scale is an unsigned floating number with 5 bits of exponent
+and 3 of fraction, 2**-20 to 3840, and an offset says where the middle of the levels lies, in 32nds of their range.
+Groups of 32 numbers then pay half a bit each for both, and groups of 64 a quarter. Steps of 6 % in a scale cost next
+to nothing, because the codes are chosen after it: each number takes the nearest of the levels that there are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: What an exponent field of zero stands for, and the largest scale.
+LOWEST_EXPONENT, LARGEST = -20, 3840.0
+#: Parts of the range of all levels in which the place of their middle is given, and the part that stands for zero.
+PARTS, CENTER = 32, 128
+#: How far from zero the middle may lie, in ranges; 127 parts are the most, and a little is left for rounding.
+_REACH = 3.9
+#: How many times larger than the backend's a scale may be, so that its levels reach the middle.
+_STRETCH = 1.1
+#: A row that spreads over less than this part of its distance from zero is constant for every purpose.
+_CONSTANT = 1 / 64
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels that codes stand for, with scale 1: what an offset in 8 bits is relative to.
+
+    Attributes:
+        span: the range that `PARTS` parts make.
+        middle: where the middle of the levels lies without an offset.
+    """
+
+    span: float
+    middle: float
+
+    @classmethod
+    def of(cls, nbits: float, table: Tensor | None) -> Levels:
+        """Return those of codes of `nbits` bits, which are their own numbers where there is no table."""
+        if table is not None:
+            return cls(span=2.0, middle=0.0)  # of a table for numbers of size 1: a scale is of the size of a row's
+        count = 2 ** math.ceil(nbits)
+        return cls(span=float(count), middle=(count - 1) / 2)
+
+
+def scale_bits(scale: Tensor) -> int:
+    """Return the bits of a stored scale."""
+    return 8 * scale.element_size()
+
+
+def read_scale(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return stored scales as numbers."""
+    if stored.dtype != torch.uint8:
+        return stored.to(dtype)
+    # A byte in front of the fraction of a float32: its exponent is counted from 127.
+    bits = (stored.to(torch.int32) << 20) + ((127 + LOWEST_EXPONENT) << 23)
+    return bits.view(torch.float32).to(dtype)
+
+
+def read_offset(stored: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+    """Return stored offsets as numbers, in the type of `scale`, the scales as `read_scale` returns them."""
+    if stored.dtype != torch.uint8:
+        return stored.to(scale.dtype)
+    return (stored.to(scale.dtype) - CENTER).mul_(levels.span / PARTS).sub_(levels.middle).mul_(scale)
+
+
+def to_bytes(scale: Tensor, offset: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return scales and offsets in 8 bits, and bool: which rows lose nothing that matters by it.
+
+    A row whose levels lie many ranges away from zero would need a larger scale to say where; it does not fit, unless it
+    is constant for every purpose. Nor does one whose scale is too large or too small.
+
+    Args:
+        scale: ``[n_groups]``, of any sign.
+        offset: the same shape, or None.
+        levels: of the codes.
+    """
+    size = scale.abs()
+    middle = scale * levels.middle if offset is None else offset + scale * levels.middle
+    needed = size if offset is None else torch.maximum(size, middle.abs() / (levels.span * _REACH))
+    stored = _nearest_byte(needed)
+    taken = read_scale(stored, scale.dtype)
+    constant = size * levels.span <= middle.abs() * _CONSTANT
+    fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH) | constant)
+    if offset is None:
+        return stored, None, fits
+    parts = (middle / (taken * levels.span) * PARTS).round_().add_(CENTER).clamp_(0, 255)
+    return stored, parts.to(torch.uint8), fits
+
+
+def _nearest_byte(scale: Tensor) -> Tensor:
+    """Return the byte whose number is nearest to each of these, none below zero."""
+    fraction, exponent = torch.frexp(scale.clamp(2.0**LOWEST_EXPONENT, LARGEST))
+    # A fraction is from 1/2 to 1 here, and its rounding may lead to the next exponent, which is the next byte too.
+    steps = (fraction * 16 - 8).round_() + (exponent - 1 - LOWEST_EXPONENT) * 8
+    return steps.clamp_(0, 255).to(torch.uint8)
+
+
+def nearest_codes(rows: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, nbits: int) -> Tensor:
+    """Return the codes of the levels that are nearest to numbers.
+
+    Args:
+        rows: floating ``[n_groups, group_size]``; written over.
+        scale, offset: ``[n_groups]`` in the type of `rows`; no offset is one of zero.
+        table: ``[2**nbits]``, or None where codes are their own numbers.
+        nbits: bits of a code.
+
+    Returns:
+        uint8 ``[n_groups, group_size]``.
+    """
+    units = rows if offset is None else rows.sub_(offset[:, None])
+    units = units.div_(scale[:, None])
+    if table is None:
+        # torch converts float to uint8 without vector instructions, and to int16 with them.
+        return units.round_().clamp_(0, 2**nbits - 1).to(torch.int16).to(torch.uint8)
+    levels, order = table.sort()
+    return order[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
