@@ -1,7 +1,8 @@
 """What the kernel does with one block of tokens: score, weigh, mix. Inlined into the kernel by numba.
 
 Every function takes a `Work`, the kernel's own memory, a page as a row of integers (see `PAGE`), and literal numbers
-that shape its loops. In the formulas q is the query, c a code, s and o the scale and offset of its group, w a weight.
+that shape its loops. Packed rows of the block begin at the address `codes` and are `apart` bytes apart. In the formulas
+q is the query, c a code, s and o the scale and offset of its group, w a weight.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ _SERIES = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(
 #: - scales, offsets: of a group's channels, or of a block's tokens; by_group, offsets_by_group ``[groups, room]``
 #: - bits, powers ``[room]``: the same memory as int32 and as float32
 #: - mix, sums ``[rows, width]``, offset_sums ``[rows, groups]``; highest, total ``[rows]``
+#: - expanded ``[block, bytes]``: rows of indices, where codes are those of a trellis; past ``[bytes]``
 Work = namedtuple(
     "Work",
     "folded shifts query_sums products scores weights scales offsets by_group offsets_by_group bits powers mix sums "
-    "offset_sums highest total",
+    "offset_sums highest total expanded past",
 )
 
 
@@ -108,6 +110,12 @@ def fetch_offsets_by_group(
             work.offsets_by_group[group, token] = work.offsets[token * groups + group]
 
 
+@njit(nogil=True, inline="always")
+def codes_of(page: Any, batch: Any, head: Any, position: Any) -> Any:
+    """Return the address of the packed codes of a token."""
+    return page[CODES] + batch * page[BATCH] + head * page[HEAD] + position * page[ROW]
+
+
 @njit(nogil=True, fastmath=True, inline="always")
 def score_by_channel(
     work: Any,
@@ -117,15 +125,17 @@ def score_by_channel(
     head: Any,
     position: Any,
     count: Any,
+    codes: Any,
+    apart: Any,
     shape: Any,
     bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
+    shifted: Any,
     room: Any,
 ) -> None:
     """Score tokens whose scales they share: ``q . (c * s + o) = (q * s) . c + q . o``."""
-    codes = page[CODES] + batch * page[BATCH] + head * page[HEAD]
     done = 0
     while done < count:
         group = (position + done) // per
@@ -135,7 +145,7 @@ def score_by_channel(
             work.shifts[r] = 0
             for d in range(shape):
                 work.folded[r, d] = own[r, d] * work.scales[d]
-        if entries == 0:
+        if shifted:
             address = scales_at(page, OFFSET, batch, head, group, shape)
             fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
             for r in range(rows):
@@ -144,8 +154,8 @@ def score_by_channel(
                     shift += own[r, d] * work.offsets[d]
                 work.shifts[r] = shift
         dot_rows(
-            pointer_to(codes + (position + done) * page[ROW], 0),
-            page[ROW],
+            pointer_to(codes + done * apart, 0),
+            apart,
             stop - done,
             pointer_to(work.folded.ctypes.data, 1),
             pointer_to(page[TABLE], 1),
@@ -173,19 +183,21 @@ def score_by_token(
     head: Any,
     position: Any,
     count: Any,
+    codes: Any,
+    apart: Any,
     shape: Any,
     bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
+    shifted: Any,
     room: Any,
 ) -> None:
     """Score tokens that have their own scales: the sum over groups of ``s * (q . c) + o * sum(q)``."""
     groups = shape // per
-    codes = page[CODES] + batch * page[BATCH] + head * page[HEAD] + position * page[ROW]
     dot_rows(
         pointer_to(codes, 0),
-        page[ROW],
+        apart,
         count,
         pointer_to(own.ctypes.data, 1),
         pointer_to(page[TABLE], 1),
@@ -199,7 +211,7 @@ def score_by_token(
     )
     address = scales_at(page, SCALE, batch, head, position, groups)
     fetch_by_group(page, address, count, groups, work)
-    if entries == 0:
+    if shifted:
         address = scales_at(page, OFFSET, batch, head, position, groups)
         fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
     for r in range(rows):
@@ -208,7 +220,7 @@ def score_by_token(
         for g in range(groups):
             for t in range(count):
                 work.scores[r, t] += work.products[g, r, t] * work.by_group[g, t]
-            if entries == 0:
+            if shifted:
                 for t in range(count):
                     work.scores[r, t] += work.query_sums[r, g] * work.offsets_by_group[g, t]
 
@@ -326,22 +338,24 @@ def mix_by_channel(
     head: Any,
     position: Any,
     count: Any,
+    codes: Any,
+    apart: Any,
     shape: Any,
     bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
+    shifted: Any,
     room: Any,
 ) -> None:
     """Mix tokens whose scales they share: ``sum(w * (c * s + o)) = s * sum(w * c) + o * sum(w)``."""
-    codes = page[CODES] + batch * page[BATCH] + head * page[HEAD]
     done = 0
     while done < count:
         group = (position + done) // per
         stop = min(count, (group + 1) * per - position)
         mix_rows(
-            pointer_to(codes + (position + done) * page[ROW], 0),
-            page[ROW],
+            pointer_to(codes + done * apart, 0),
+            apart,
             stop - done,
             pointer_to(work.scores.ctypes.data + 4 * done, 1),
             pointer_to(page[TABLE], 1),
@@ -357,7 +371,7 @@ def mix_by_channel(
         for r in range(rows):
             for d in range(shape):
                 work.sums[r, d] += work.mix[r, d] * work.scales[d]
-        if entries == 0:
+        if shifted:
             address = scales_at(page, OFFSET, batch, head, group, shape)
             fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
             for r in range(rows):
@@ -378,11 +392,14 @@ def mix_by_token(
     head: Any,
     position: Any,
     count: Any,
+    codes: Any,
+    apart: Any,
     shape: Any,
     bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
+    shifted: Any,
     room: Any,
 ) -> None:
     """Mix tokens that have their own scales: ``sum(w * (c * s + o)) = sum((w * s) * c) + sum(w * o)``."""
@@ -393,7 +410,7 @@ def mix_by_token(
         for r in range(rows):
             for t in range(count):
                 work.weights[g, r, t] = work.scores[r, t] * work.by_group[g, t]
-    if entries == 0:
+    if shifted:
         address = scales_at(page, OFFSET, batch, head, position, groups)
         fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
         for g in range(groups):
@@ -402,10 +419,9 @@ def mix_by_token(
                 for t in range(count):
                     shift += work.scores[r, t] * work.offsets_by_group[g, t]
                 work.offset_sums[r, g] += shift
-    codes = page[CODES] + batch * page[BATCH] + head * page[HEAD] + position * page[ROW]
     mix_rows(
         pointer_to(codes, 0),
-        page[ROW],
+        apart,
         count,
         pointer_to(work.weights.ctypes.data, 1),
         pointer_to(page[TABLE], 1),

@@ -20,7 +20,7 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from kvquant.attention import numba_blocks, simd, threads
+from kvquant.attention import numba_blocks, numba_trellis, simd, threads
 from kvquant.attention.numba_blocks import (
     BYTES,
     FIRST,
@@ -29,17 +29,20 @@ from kvquant.attention.numba_blocks import (
     LOWEST,
     MASK,
     PAGE,
+    ROW,
     START,
     STOP,
     Work,
+    codes_of,
     mix_by_channel,
     mix_by_token,
     score_by_channel,
     score_by_token,
     weigh,
 )
+from kvquant.attention.numba_trellis import expand
 from kvquant.attention.parts import Part, Segment, segments
-from kvquant.attention.simd import next_share, pointer_to
+from kvquant.attention.simd import TRELLIS, expanded_bytes, next_share, pointer_to
 from kvquant.engine.body import Body
 from kvquant.engine.pages import CanonicalPage
 
@@ -79,6 +82,8 @@ class Stream:
         nbits, group: of the scheme.
         channel: whether tokens share a scale.
         entries: entries of the table, 0 for the affine format.
+        shifted: whether scales have offsets.
+        taps: of the trellis, zeros where there is none.
     """
 
     width: int
@@ -86,19 +91,29 @@ class Stream:
     group: int
     channel: bool
     entries: int
+    shifted: bool
+    taps: tuple[int, int]
 
     @classmethod
     def of(cls, page: CanonicalPage) -> Stream:
         """Return what a page needs."""
         scheme = page.scheme
         entries = 0 if page.table is None else max(_FEWEST_ENTRIES, page.table.numel())
-        return cls(page.head_dim, scheme.nbits, scheme.group_size, scheme.axis == "channel", entries)
+        shifted, taps = page.offset is not None, page.taps or (0, 0)
+        return cls(
+            page.head_dim, scheme.nbits, scheme.group_size, scheme.axis == "channel", entries, shifted, tuple(taps)
+        )
+
+    @property
+    def row_bits(self) -> int:
+        """How `simd.runs` is told what rows are read."""
+        return self.nbits + (TRELLIS if any(self.taps) else 0)
 
 
 @cache
 def _sources() -> int:
     """Return a number that changes with the files that numba compiles but does not watch."""
-    text = b"".join(Path(module.__file__ or "").read_bytes() for module in (simd, numba_blocks))
+    text = b"".join(Path(module.__file__ or "").read_bytes() for module in (simd, numba_blocks, numba_trellis))
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
 
 
@@ -111,6 +126,9 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     """
     k_width, k_bits, k_per, k_table = key.width, key.nbits, key.group, key.entries
     v_width, v_bits, v_per, v_table = value.width, value.nbits, value.group, value.entries
+    k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.row_bits, value.row_bits
+    (k_high, k_low), (v_high, v_low) = key.taps, value.taps
+    expanded = max([0, *(expanded_bytes(one.width, one.nbits) for one in (key, value) if any(one.taps))])
     k_groups = 1 if key.channel else k_width // k_per
     v_groups = 1 if value.channel else v_width // v_per
     # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
@@ -122,7 +140,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     made_from = _sources()
 
     @cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=True, fastmath=True)
-    def kernel(job: Any) -> None:
+    def kernel(job: Any) -> None:  # noqa: C901 # as above
         batches, heads, slots, all_rows = job[BATCHES], job[HEADS], job[SLOTS], job[ROWS]
         query = carray(pointer_to(job[QUERY], 1), (batches, heads, all_rows, k_width))
         pages = carray(pointer_to(job[PAGES], 3), (job[SEGMENTS], 2, PAGE_FIELDS))
@@ -150,6 +168,8 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
             np.empty((rows, v_groups), np.float32),
             np.empty(rows, np.float32),
             np.empty(rows, np.float32),
+            np.empty((block if expanded else 1, expanded), np.uint8),
+            np.empty(expanded, np.uint8),
         )
         share = next_share(job)
         while share < batches * heads * slots:
@@ -170,6 +190,22 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                     for start in range(max(begin, first), min(end, last), block):
                         count = min(block, min(end, last) - start)
                         k_at, v_at = keys[FIRST] + start - begin, values[FIRST] + start - begin
+                        codes, apart = codes_of(keys, batch, head, k_at), keys[ROW]
+                        if k_high:
+                            expand(
+                                keys,
+                                codes,
+                                k_at,
+                                count,
+                                work,
+                                k_width,
+                                k_bits,
+                                k_per,
+                                k_channel,
+                                k_high,
+                                k_low,
+                            )
+                            codes, apart = work.expanded.ctypes.data, expanded
                         if k_channel:
                             score_by_channel(
                                 work,
@@ -179,11 +215,14 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 head,
                                 k_at,
                                 count,
+                                codes,
+                                apart,
                                 k_width,
-                                k_bits,
+                                k_read,
                                 k_per,
                                 rows,
                                 k_table,
+                                k_shifted,
                                 room,
                             )
                         else:
@@ -195,21 +234,68 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 head,
                                 k_at,
                                 count,
+                                codes,
+                                apart,
                                 k_width,
-                                k_bits,
+                                k_read,
                                 k_per,
                                 rows,
                                 k_table,
+                                k_shifted,
                                 room,
                             )
                         weigh(work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows)
+                        codes, apart = codes_of(values, batch, head, v_at), values[ROW]
+                        if v_high:
+                            expand(
+                                values,
+                                codes,
+                                v_at,
+                                count,
+                                work,
+                                v_width,
+                                v_bits,
+                                v_per,
+                                v_channel,
+                                v_high,
+                                v_low,
+                            )
+                            codes, apart = work.expanded.ctypes.data, expanded
                         if v_channel:
                             mix_by_channel(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, room
+                                work,
+                                values,
+                                batch,
+                                head,
+                                v_at,
+                                count,
+                                codes,
+                                apart,
+                                v_width,
+                                v_read,
+                                v_per,
+                                rows,
+                                v_table,
+                                v_shifted,
+                                room,
                             )
                         else:
                             mix_by_token(
-                                work, values, batch, head, v_at, count, v_width, v_bits, v_per, rows, v_table, room
+                                work,
+                                values,
+                                batch,
+                                head,
+                                v_at,
+                                count,
+                                codes,
+                                apart,
+                                v_width,
+                                v_read,
+                                v_per,
+                                rows,
+                                v_table,
+                                v_shifted,
+                                room,
                             )
                 for r in range(rows):
                     highest[batch, head, slot, first_row + r] = work.highest[r]

@@ -27,6 +27,9 @@ LANES, UNROLL = (16, 4) if _WIDE else (8, 2)
 #: Sums of `mix_rows` that are kept in registers at once.
 _SUMS = 16 if LANES == 16 else 8
 
+#: Added to the bits of codes whose rows have been expanded.
+TRELLIS = 100
+
 _FLOAT, _HALF, _BYTE, _INT, _LONG = ir.FloatType(), ir.HalfType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
@@ -60,9 +63,11 @@ def runs(width: int, nbits: int, group: int) -> list[Run]:
 
     Args:
         width: codes in the row; the layout is that of `kvquant.engine.packing`.
-        nbits: bits of a code.
+        nbits: bits of a code; of rows that `numba_blocks.expand` wrote, `TRELLIS` and the bits.
         group: codes of a group; `width` where a row lies in one group.
     """
+    if nbits > TRELLIS:
+        return _trellis_runs(width, nbits - TRELLIS, group)
     padded = -(-width // 8) * 8
     plane_bits = 1 if nbits == 3 else nbits
     plane = padded * plane_bits // 8  # codes of a plane, one a byte
@@ -71,6 +76,32 @@ def runs(width: int, nbits: int, group: int) -> list[Run]:
         for index in range(8 // plane_bits):
             for start, part in _pieces(index * plane + offset, index * plane + offset + length, group, width):
                 found.append(Run(start, part, _fields(start, index, plane, nbits)))
+    return found
+
+
+def expanded_bytes(width: int, nbits: int) -> int:
+    """Return the bytes of a row that `numba_blocks.expand` writes, see `_trellis_runs`."""
+    plane = -(-width // 8) * min(nbits, 2)
+    return 2 * plane + (plane // 2 if nbits == 3 else 0)
+
+
+def _trellis_runs(width: int, nbits: int, group: int) -> list[Run]:
+    """Return the runs of a row of indices into a table, as `numba_blocks.expand` writes it.
+
+    The number of the set comes first: two planes of one bit for codes of 1 bit, else one of two bits. A plane with the
+    second bit of the codes follows, in places for two bits, and for 3 bits one with their third bit, of one bit.
+    """
+    padded, bits = -(-width // 8) * 8, min(nbits, 2)
+    plane = padded * bits // 8  # codes of a plane, one a byte
+    least = plane // 2 if nbits == 3 else plane  # those of the smallest plane
+    found = []
+    for first in range(0, padded, least):
+        for start, length in _pieces(first, first + least, group, width):
+            byte, shift = start % plane, start // plane * bits
+            fields = [Field(byte, shift, 2**bits - 1), Field(plane + byte, shift, 1, raised=bits)]
+            if nbits == 3:
+                fields.append(Field(2 * plane + start % least, start // least, 1, raised=3))
+            found.append(Run(start, length, tuple(fields)))
     return found
 
 

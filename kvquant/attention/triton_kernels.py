@@ -64,6 +64,8 @@ def why_not(keys: Body, values: Body) -> str:
     pages = [page for body in (keys, values) for page in body.pages]
     if not all(isinstance(page, CanonicalPage) for page in pages):
         return "only the backend can read pages of an opaque format"
+    if any(page.taps for page in pages if isinstance(page, CanonicalPage)):
+        return "it does not read codes of a trellis"
     widest = max((page.head_dim for page in pages if isinstance(page, CanonicalPage)), default=0)
     if widest > LARGEST_HEAD_DIM:
         return f"heads have {widest} channels, and it reads {LARGEST_HEAD_DIM} at most"

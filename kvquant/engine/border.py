@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kvquant.errors import BackendContractError
+from kvquant.engine.trellis import MOST_MEMORY, TRELLIS_WIDTHS
+from kvquant.errors import BackendContractError, listing
 from kvquant.plugin.quantizer import Opaque, QuantizedRows
 from kvquant.plugin.spec import Scheme
+
+
+def format_of(table: Tensor | None, taps: tuple[int, int] | None) -> str:
+    """Return the name of a canonical format, by what it has."""
+    return "affine" if table is None else "codebook" if taps is None else "trellis"
+
+
+def entries(nbits: int, taps: tuple[int, int] | None) -> int:
+    """Return how many entries a table has."""
+    return 2**nbits if taps is None else 2 ** (nbits + 1)
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,11 @@ class Border:
         """Return what `quantize` returned, as `rows` does, but look at kinds, shapes, types and devices only."""
         if not isinstance(result, QuantizedRows):
             raise self._broken(f"quantize returned {type(result).__name__} instead of QuantizedRows")
-        if (result.offset is None) == (result.table is None):
+        if result.taps is not None:
+            self._require_trellis(result)
+        elif (result.offset is None) == (result.table is None):
             raise self._broken("QuantizedRows needs either offset (affine) or table (codebook), and not both")
-        kind = "affine" if result.table is None else "codebook"
+        kind = format_of(result.table, result.taps)
         if kind not in self.formats:
             raise self._broken(f"quantize returned the format {kind!r}, declared are {', '.join(self.formats)}")
         self._require_tensor("codes", result.codes, (n_groups, self.scheme.group_size), device, floating=False)
@@ -58,8 +72,19 @@ class Border:
         if result.offset is not None:
             self._require_tensor("offset", result.offset, (n_groups,), device)
         if result.table is not None:
-            self._require_tensor("table", result.table, (2**self.scheme.nbits,), device)
+            self._require_tensor("table", result.table, (entries(self.scheme.nbits, result.taps),), device)
         return result
+
+    def _require_trellis(self, result: QuantizedRows) -> None:
+        taps: object = result.taps
+        pair = isinstance(taps, tuple) and len(taps) == 2 and all(type(tap) is int for tap in taps)
+        if not pair or not all(0 < tap < 2 << MOST_MEMORY for tap in cast("tuple[int, int]", taps)):
+            raise self._broken(f"taps is {taps!r} instead of two whole numbers from 1 to {(2 << MOST_MEMORY) - 1}")
+        if result.table is None:
+            raise self._broken("QuantizedRows needs a table with its taps")
+        if self.scheme.nbits not in TRELLIS_WIDTHS:
+            widths = listing(map(str, TRELLIS_WIDTHS))
+            raise self._broken(f"a trellis has codes of {widths} bits, and nbits={self.scheme.nbits}")
 
     def require_finite(self, rows: QuantizedRows) -> None:
         """Raise BackendContractError unless scales, offsets and table are finite, and the table has several values."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.packing import pack
-from kvquant.engine.scales import Levels, nearest_codes, read_offset, read_scale, to_bytes
+from kvquant.engine.scales import to_bytes
+from kvquant.engine.trellis import Taps
 from kvquant.errors import BackendContractError, QuantizationError
-from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, Quantizer
+from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
 from kvquant.transforms.frame import Frame
 from kvquant.transforms.rotations import Rotation
@@ -37,8 +38,9 @@ class Encoded:
     Attributes:
         codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
         scale: the grid of scales (see `grouping`), floating or in bytes (see `scales`).
-        offset: like `scale` (affine), or None (codebook).
-        table: floating ``[2**nbits]`` (codebook), or None (affine).
+        offset: like `scale`, or None.
+        table: floating, what codes stand for, or None where they are their own numbers (affine).
+        taps: of the trellis, or None where there is none.
         compact: the same piece with scales in 8 bits, and codes chosen after them; None if it was not asked for.
         fits: bool, like `scale`: which groups lose nothing that matters in `compact`.
     """
@@ -47,6 +49,7 @@ class Encoded:
     scale: Tensor
     offset: Tensor | None
     table: Tensor | None
+    taps: Taps | None = None
     compact: Encoded | None = None
     fits: Tensor | None = None
 
@@ -55,9 +58,9 @@ class Encoded:
         if bits == 8 and self.compact is not None:
             return self.compact
         if bits > 16:
-            return Encoded(self.codes, self.scale, self.offset, self.table)
+            return Encoded(self.codes, self.scale, self.offset, self.table, self.taps)
         offset = None if self.offset is None else self.offset.half()
-        return Encoded(self.codes, self.scale.half(), offset, self.table)
+        return Encoded(self.codes, self.scale.half(), offset, self.table, self.taps)
 
     def run(self, tokens: slice, rows: slice) -> Encoded:
         """Return some of its tokens, which have `rows` of the grid of scales."""
@@ -66,6 +69,7 @@ class Encoded:
             scale=self.scale[:, :, rows],
             offset=None if self.offset is None else self.offset[:, :, rows],
             table=self.table,
+            taps=self.taps,
             compact=None if self.compact is None else self.compact.run(tokens, rows),
         )
 
@@ -119,7 +123,7 @@ class Encoder:
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
 
-    def encode(self, states: Tensor, first_token: int, frame: Frame, bits: int = 0) -> Iterator[Piece]:
+    def encode(self, states: Tensor, first_token: int, frame: Frame | None = None, bits: int = 0) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
 
         Scales are kept in few bits until a block comes that those would harm, and in more from there on: so the layout
@@ -128,7 +132,7 @@ class Encoder:
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``; tokens a multiple of `block`.
             first_token: position of the first of them in the sequence, for messages.
-            frame: in which they are quantised.
+            frame: in which they are quantised; None for one that does not depend on what came before.
             bits: of the scales of the block before.
 
         Yields:
@@ -138,7 +142,7 @@ class Encoder:
             QuantizationError: the backend raised.
             BackendContractError: the backend returned something that it must not.
         """
-        bits = max(bits, self.scale_bits)
+        frame, bits = frame or Frame(rotation=self.rotation), max(bits, self.scale_bits)
         for start, stop in self._chunks(states):
             try:
                 pieces = self._encode_chunk(frame.enter(states[:, :, start:stop].to(self.dtype)))
@@ -183,31 +187,29 @@ class Encoder:
         border = self.border
         rows = border.rows(self.quantizer.quantize(numbers), len(numbers), states.device)
         wide = border.wide_dtype
-        scale = rows.scale.to(wide)
-        offset = None if rows.offset is None else rows.offset.to(wide)
-        table = None if rows.table is None else rows.table.to(wide)
-        piece = self._laid_out(states, rows.codes, scale, offset, table)
+        rows = QuantizedRows(
+            codes=rows.codes,
+            scale=rows.scale.to(wide),
+            offset=None if rows.offset is None else rows.offset.to(wide),
+            table=None if rows.table is None else rows.table.to(wide),
+            taps=rows.taps,
+        )
+        piece = self._laid_out(states, rows)
         if self.scale_bits > 8:
             return piece
-        levels = Levels.of(self.scheme.nbits, table)
-        scale, offset, fits = to_bytes(scale, offset, levels)
-        taken = read_scale(scale, wide)
-        shift = None if offset is None else read_offset(offset, taken, levels)
-        codes = nearest_codes(numbers.to(wide), taken, shift, table, self.scheme.nbits)
-        compact = self._laid_out(states, codes, scale, offset, table)
-        return replace(piece, compact=compact, fits=fits.reshape(piece.scale.shape))
+        compact, fits = to_bytes(rows, numbers.to(wide), self.scheme.nbits)
+        return replace(piece, compact=self._laid_out(states, compact), fits=fits.reshape(piece.scale.shape))
 
-    def _laid_out(
-        self, states: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None
-    ) -> Encoded:
-        """Return a piece of what there is for each row."""
+    def _laid_out(self, states: Tensor, rows: QuantizedRows) -> Encoded:
+        """Return rows of `states` as they are stored."""
         scheme, shape = self.scheme, (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
-            codes=pack(rows_to_states(codes, shape, scheme.axis, scheme.group_size), scheme.nbits),
-            scale=scale.reshape(grid),
-            offset=None if offset is None else offset.reshape(grid),
-            table=table,
+            codes=pack(rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size), scheme.nbits),
+            scale=rows.scale.reshape(grid),
+            offset=None if rows.offset is None else rows.offset.reshape(grid),
+            table=rows.table,
+            taps=None if rows.taps is None else Taps(*rows.taps),
         )
 
     def _encode_opaque(self, states: Tensor) -> list[Piece]:
@@ -243,11 +245,14 @@ class Encoder:
             raise BackendContractError(
                 self.backend, "table differs between calls; a codebook must not depend on the rows"
             )
+        if any(part.taps != first.taps for part in parts):
+            raise BackendContractError(self.backend, "taps differ between calls; a trellis must not depend on the rows")
         return Encoded(
             codes=torch.cat([part.codes for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
             offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
             table=first.table,
+            taps=first.taps,
             compact=None if first.compact is None else self._join([part.compact or part for part in parts]),
             fits=None if first.fits is None else torch.cat([_given(part.fits) for part in parts]),
         )

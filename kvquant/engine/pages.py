@@ -14,12 +14,14 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from kvquant.engine.border import entries, format_of
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
 from kvquant.engine.packing import packed_bytes, unpack
 from kvquant.engine.scales import Levels, read_offset, read_scale
 from kvquant.engine.state import Saved, Stack, State, dtype_name
+from kvquant.engine.trellis import MOST_MEMORY, Taps, level_indices
 
 #: Bytes that an in-place selection may copy at once.
 _SELECT_BYTES = 1 << 22
@@ -82,8 +84,9 @@ class CanonicalPage:
         head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: the grid of scales of `capacity` tokens, as they are stored (see `scales`).
-        offset: like `scale`, or None (codebook).
-        table: float32 ``[2**nbits]``, or None (affine).
+        offset: like `scale`, or None.
+        table: float32, what codes stand for, or None where they are their own numbers (affine).
+        taps: of the trellis, or None where there is none.
         length: valid tokens.
     """
 
@@ -97,6 +100,7 @@ class CanonicalPage:
         self.scale = home.empty((batch, heads, scales, like.scale.shape[3]), like.scale.dtype)
         self.offset = None if like.offset is None else home.empty(self.scale.shape, like.scale.dtype)
         self.table = None if like.table is None else home.keep(like.table)
+        self.taps = like.taps
 
     @property
     def _tokens_per_scale(self) -> int:
@@ -120,6 +124,8 @@ class CanonicalPage:
             and at + self._block <= self.capacity
             and piece.scale.dtype == self.scale.dtype
             and (piece.table is None) == (self.table is None)
+            and (piece.offset is None) == (self.offset is None)
+            and piece.taps == self.taps
             and (piece.table is None or torch.equal(piece.table.to(self.codes.device), cast("Tensor", self.table)))
         )
 
@@ -144,7 +150,7 @@ class CanonicalPage:
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
         scale = read_scale(self.scale[:, :, first:last], dtype)
-        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[codes.int()]
+        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[self._indices(codes).int()]
         states = grouped(numbers, axis, group_size).mul_(grouped_grid(scale, axis))
         if self.offset is not None:
             levels = Levels.of(self.scheme.nbits, self.table)
@@ -156,6 +162,14 @@ class CanonicalPage:
         codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
         missing = stop - start - codes.shape[2]
         return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
+
+    def _indices(self, codes: Tensor) -> Tensor:
+        """Return which entries of the table codes stand for, which begin where a group does."""
+        if self.taps is None:
+            return codes
+        axis = self.scheme.axis
+        groups = grouped(codes, axis, self.scheme.group_size)
+        return ungrouped(level_indices(groups, self.taps, 3 if axis == "channel" else 4), axis)
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -201,7 +215,7 @@ class CanonicalPage:
             "table": self.table,
         }
         given: dict[str, Tensor | Stack] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return State(given, {"length": self.length, "capacity": self.capacity})
+        return State(given, {"length": self.length, "capacity": self.capacity, "taps": self.taps and list(self.taps)})
 
     @classmethod
     def restored(cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int) -> CanonicalPage:
@@ -231,15 +245,33 @@ class CanonicalPage:
         page.scale = saved.take(
             "scale", grid, ["uint8", "float16", wide] if encoder.scale_bits == 8 else ["float16", wide]
         )
-        kind = "affine" if saved.has("offset") else "codebook"
+        page.taps = _taken_taps(saved)
+        page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if saved.has("offset") else None
+        page.table = saved.take("table", (entries(nbits, page.taps),), [wide]) if saved.has("table") else None
+        kind = format_of(page.table, page.taps)
+        if (page.offset is None) == (page.table is None) and kind != "trellis":
+            raise saved.misfit("has neither offset nor table, or both")
         if kind not in encoder.formats:
             raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")
-        page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if kind == "affine" else None
-        page.table = saved.take("table", (2**nbits,), [wide]) if kind == "codebook" else None
         page.codes = _with_room(page.codes, capacity)
         page.scale = _with_room(page.scale, -(-capacity // per))
         page.offset = None if page.offset is None else _with_room(page.offset, -(-capacity // per))
         return page
+
+
+def _taken_taps(saved: Saved) -> Taps | None:
+    """Return the taps of a saved page, if it has a trellis.
+
+    Raises:
+        MisfitError: they are none.
+    """
+    taps = saved.value("taps")
+    if taps is None:
+        return None
+    pair = isinstance(taps, list) and len(taps) == 2 and all(type(tap) is int for tap in taps)
+    if not pair or not all(0 < tap < 2 << MOST_MEMORY for tap in taps) or not saved.has("table"):
+        raise saved.misfit(f"has a trellis with the taps {taps!r} that cannot be read")
+    return Taps(*taps)
 
 
 def _with_room(tensor: Tensor, tokens: int) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvquant.plugin.quantizer import QuantizedRows
+
 #: What an exponent field of zero stands for, and the largest scale.
 LOWEST_EXPONENT, LARGEST = -20, 3840.0
 #: Parts of the range of all levels in which the place of their middle is given, and the part that stands for zero.
@@ -47,11 +49,6 @@ class Levels:
         return cls(span=float(count), middle=(count - 1) / 2)
 
 
-def scale_bits(scale: Tensor) -> int:
-    """Return the bits of a stored scale."""
-    return 8 * scale.element_size()
-
-
 def read_scale(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Return stored scales as numbers."""
     if stored.dtype != torch.uint8:
@@ -68,17 +65,22 @@ def read_offset(stored: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     return (stored.to(scale.dtype) - CENTER).mul_(levels.span / PARTS).sub_(levels.middle).mul_(scale)
 
 
-def to_bytes(scale: Tensor, offset: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return scales and offsets in 8 bits, and bool: which rows lose nothing that matters by it.
+def to_bytes(rows: QuantizedRows, numbers: Tensor, nbits: int) -> tuple[QuantizedRows, Tensor]:
+    """Return rows with scales and offsets in 8 bits, and codes chosen anew for them; and which rows fit.
 
     A row whose levels lie many ranges away from zero would need a larger scale to say where; it does not fit, unless it
-    is constant for every purpose. Nor does one whose scale is too large or too small.
+    is constant for every purpose. Nor does one whose scale is too large or too small. Codes of a trellis depend on one
+    another and stay.
 
     Args:
-        scale: ``[n_groups]``, of any sign.
-        offset: the same shape, or None.
-        levels: of the codes.
+        rows: with scales and offsets in the type of `numbers`.
+        numbers: floating ``[n_groups, group_size]``, what they stand for; written over.
+        nbits: bits of a code.
+
+    Returns:
+        The rows, and bool ``[n_groups]``: which of them lose nothing that matters.
     """
+    levels, scale, offset = Levels.of(nbits, rows.table), rows.scale, rows.offset
     size = scale.abs()
     middle = scale * levels.middle if offset is None else offset + scale * levels.middle
     needed = size if offset is None else torch.maximum(size, middle.abs() / (levels.span * _REACH))
@@ -86,10 +88,22 @@ def to_bytes(scale: Tensor, offset: Tensor | None, levels: Levels) -> tuple[Tens
     taken = read_scale(stored, scale.dtype)
     constant = size * levels.span <= middle.abs() * _CONSTANT
     fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH) | constant)
-    if offset is None:
-        return stored, None, fits
-    parts = (middle / (taken * levels.span) * PARTS).round_().add_(CENTER).clamp_(0, 255)
-    return stored, parts.to(torch.uint8), fits
+    place = None
+    if offset is not None:
+        parts = (middle / (taken * levels.span) * PARTS).round_().add_(CENTER).clamp_(0, 255)
+        place = parts.to(torch.uint8)
+        numbers = numbers.sub_(read_offset(place, taken, levels)[:, None])
+    codes = rows.codes if rows.taps else _nearest_codes(numbers.div_(taken[:, None]), rows.table, nbits)
+    return QuantizedRows(codes, stored, place, rows.table, rows.taps), fits
+
+
+def _nearest_codes(units: Tensor, table: Tensor | None, nbits: int) -> Tensor:
+    """Return the codes of the levels that are nearest to numbers ``[n_groups, group_size]``, which are written over."""
+    if table is None:
+        # torch converts float to uint8 without vector instructions, and to int16 with them.
+        return units.round_().clamp_(0, 2**nbits - 1).to(torch.int16).to(torch.uint8)
+    levels, order = table.sort()
+    return order[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
 
 
 def _nearest_byte(scale: Tensor) -> Tensor:
@@ -98,24 +112,3 @@ def _nearest_byte(scale: Tensor) -> Tensor:
     # A fraction is from 1/2 to 1 here, and its rounding may lead to the next exponent, which is the next byte too.
     steps = (fraction * 16 - 8).round_() + (exponent - 1 - LOWEST_EXPONENT) * 8
     return steps.clamp_(0, 255).to(torch.uint8)
-
-
-def nearest_codes(rows: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, nbits: int) -> Tensor:
-    """Return the codes of the levels that are nearest to numbers.
-
-    Args:
-        rows: floating ``[n_groups, group_size]``; written over.
-        scale, offset: ``[n_groups]`` in the type of `rows`; no offset is one of zero.
-        table: ``[2**nbits]``, or None where codes are their own numbers.
-        nbits: bits of a code.
-
-    Returns:
-        uint8 ``[n_groups, group_size]``.
-    """
-    units = rows if offset is None else rows.sub_(offset[:, None])
-    units = units.div_(scale[:, None])
-    if table is None:
-        # torch converts float to uint8 without vector instructions, and to int16 with them.
-        return units.round_().clamp_(0, 2**nbits - 1).to(torch.int16).to(torch.uint8)
-    levels, order = table.sort()
-    return order[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kvquant.plugin.spec import Scheme
 
 AXES = ("channel", "token")
-FORMATS = ("affine", "codebook", "opaque")
+FORMATS = ("affine", "codebook", "trellis", "opaque")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Capabilities:
         group_sizes: group sizes that work, or None for any.
         devices: torch device types, e.g. ``("cpu", "cuda")``.
         dtypes: torch floating types of the rows it takes, by name.
-        formats: of ``"affine"``, ``"codebook"``, ``"opaque"``.
+        formats: of ``"affine"``, ``"codebook"``, ``"trellis"``, ``"opaque"``.
         deterministic: the same rows always give the same codes.
         options: names of the backend's own options, each with one line of help.
         axis_aliases: transformers' integer axes for this backend and the axis each one means.

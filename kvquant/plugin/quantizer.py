@@ -17,22 +17,28 @@ if TYPE_CHECKING:
 class QuantizedRows:
     """Quantised rows in canonical form; the core packs, stores and reads them.
 
-    Exactly one of `offset` and `table` is given:
+    What is given says how they are read:
 
     - *affine* (`offset`): ``codes * scale + offset``
     - *codebook* (`table`): ``table[codes] * scale``
+    - *trellis* (`table` and `taps`, and `offset` or none): ``table[index] * scale + offset``, where a code is ``2 * b +
+      u`` and its index ``4 * b + 2 * h + l``: with ``u_d`` the u of the number d before it in its row (0 before the
+      first), h is the sum modulo 2 of those ``u_d`` for which bit d of ``taps[0]`` is set, and l that for ``taps[1]``
 
     Attributes:
         codes: uint8 ``[n_groups, group_size]``, one code a byte (unpacked), each below ``2**nbits``.
         scale: floating ``[n_groups]``, finite. Zero is allowed, e.g. for a constant group.
-        offset: floating ``[n_groups]``, finite; affine format.
-        table: floating ``[2**nbits]``, finite; codebook format, the same for every row.
+        offset: floating ``[n_groups]``, finite; affine format, and trellis format where rows have one.
+        table: floating ``[2**nbits]``, finite, the same for every row; codebook format, and trellis format, where it
+            has ``2**(nbits + 1)`` entries for numbers of about unit size.
+        taps: two numbers below 512, the same for every row; trellis format, which has 1 to 3 bits.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
     table: Tensor | None = None
+    taps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder
 from kvquant.engine.memory import layer_memory
 from kvquant.evaluation.planning.occupancy import Occupancy
-from kvquant.transforms.frame import Frame
 
 #: Blocks that are quantised to see how.
 _BLOCKS = 2
@@ -122,8 +121,7 @@ def find_layout(encoder: Encoder, kv_heads: int, head_dim: int, device: torch.de
     is_opaque = "opaque" in encoder.formats
     shape = (1, kv_heads if is_opaque else 1, _BLOCKS * encoder.block, head_dim)
     states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    frame = Frame(rotation=encoder.rotation)
-    pieces = [piece for block in states.split(encoder.block, dim=2) for piece in encoder.encode(block, 0, frame)]
+    pieces = [piece for block in states.split(encoder.block, dim=2) for piece in encoder.encode(block, 0)]
     if is_opaque:
         return _opaque(encoder, [piece for piece in pieces if isinstance(piece, EncodedOpaque)])
     return _canonical(encoder, [piece for piece in pieces if isinstance(piece, Encoded)])
