@@ -72,7 +72,7 @@ def fetch(address: Any, count: Any, stored: Any, out: Any) -> None:
 def fetch_offsets(address: Any, count: Any, stored: Any, scales: Any, bits: Any, entries: Any, out: Any) -> None:
     """Read `count` offsets whose scales have been read; in bytes they are relative to those (see `engine.scales`)."""
     if stored == BYTES:
-        span = np.float32(2.0 if entries else 2.0 ** math.ceil(bits))
+        span = np.float32(4.0 if entries else 2.0 ** math.ceil(bits))
         middle = np.float32(0.0 if entries else (2.0 ** math.ceil(bits) - 1) / 2)
         octets = carray(pointer_to(address, 0), (count,))
         part = span / np.float32(PARTS)

@@ -20,12 +20,12 @@ from kvquant.plugin.quantizer import QuantizedRows
 LOWEST_EXPONENT, LARGEST = -20, 3840.0
 #: Parts of the range of all levels in which the place of their middle is given, and the part that stands for zero.
 PARTS, CENTER = 32, 128
-#: How far from zero the middle may lie, in ranges; 127 parts are the most, and a little is left for rounding.
-_REACH = 3.9
+#: How far from zero the middle may lie, in ranges; 127 parts are the most, and the scale may be rounded down.
+_REACH = 3.7
 #: How many times larger than the backend's a scale may be, so that its levels reach the middle.
 _STRETCH = 1.1
 #: A row that spreads over less than this part of its distance from zero is constant for every purpose.
-_CONSTANT = 1 / 64
+_CONSTANT = 1 / 1024
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Levels:
     def of(cls, nbits: float, table: Tensor | None) -> Levels:
         """Return those of codes of `nbits` bits, which are their own numbers where there is no table."""
         if table is not None:
-            return cls(span=2.0, middle=0.0)  # of a table for numbers of size 1: a scale is of the size of a row's
+            return cls(span=4.0, middle=0.0)  # of a table for numbers of size 1: a scale is of the size of a row's
         count = 2 ** math.ceil(nbits)
         return cls(span=float(count), middle=(count - 1) / 2)
 

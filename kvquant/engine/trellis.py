@@ -44,7 +44,7 @@ def level_indices(codes: Tensor, taps: Taps, dim: int) -> Tensor:
     """
     rows = codes.movedim(dim, -1)
     register, indices = rows & 1, rows >> 1 << 2
-    for back in range(max(taps).bit_length()):
+    for back in range(min(max(taps).bit_length(), rows.shape[-1])):
         past = torch.nn.functional.pad(register[..., : register.shape[-1] - back], (back, 0))
         indices = indices ^ (past * (2 * (taps.high >> back & 1) + (taps.low >> back & 1)))
     return indices.movedim(-1, dim)

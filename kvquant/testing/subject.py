@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvquant import registry
 from kvquant.engine.border import Border
+from kvquant.engine.trellis import Taps, level_indices
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend
@@ -110,9 +111,10 @@ class Result:
             return self.border.read(reader.dequantize(self.raw), self.n_groups).detach().double()
         rows = self.raw
         scale, codes = rows.scale.detach().double()[:, None], rows.codes
-        if rows.table is not None:
-            return rows.table.detach().double()[codes.long()] * scale
-        return codes.double() * scale + cast("Tensor", rows.offset).detach().double()[:, None]
+        if rows.taps is not None:
+            codes = level_indices(codes, Taps(*rows.taps), 1)
+        numbers = codes.double() if rows.table is None else rows.table.detach().double()[codes.long()]
+        return numbers * scale if rows.offset is None else numbers * scale + rows.offset.detach().double()[:, None]
 
     def parts(self) -> dict[str, Tensor]:
         """Return what there is of each row, each ``[n_groups, ...]``; of the opaque format the numbers it stands for.
@@ -136,7 +138,7 @@ class Result:
         return self.parts() if table is None else {**self.parts(), "table": table.clone()}
 
     def table(self) -> Tensor | None:
-        """Return the table of the codebook format."""
+        """Return the table of the codebook and trellis formats."""
         return self.raw.table if isinstance(self.raw, QuantizedRows) else None
 
 

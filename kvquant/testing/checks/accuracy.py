@@ -34,6 +34,8 @@ def nearest_level(case: Case) -> None:
     rows = case.rows(data.spread(64, case.scheme.group_size))
     result = case.quantize(rows)
     numbers, read, parts = rows.double(), result.read(), cast("QuantizedRows", result.raw)
+    if parts.taps is not None:
+        raise NotApplicable("codes of a trellis depend on one another")
     scale = parts.scale.detach().double()
     if parts.table is None:
         offset, step = cast("Tensor", parts.offset).detach().double()[:, None], scale.where(scale != 0, 1)[:, None]

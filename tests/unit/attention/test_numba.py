@@ -53,6 +53,10 @@ class Kind:
     group: int = 32
     groups: int = 4
 
+    @property
+    def backend(self) -> str:
+        return "trellis" if self.formats == "trellis" else f"test-{self.formats}"
+
     def __str__(self) -> str:
         return f"{self.formats}-{self.bits}-{self.widths}-{self.axes}-{self.group}-x{self.groups}"
 
@@ -68,6 +72,9 @@ KINDS = (
     Kind((8, 3), (48, 40), ("token", "channel"), "codebook", group=8),
     Kind((2, 1), (20, 72), ("channel", "channel"), "codebook", group=40),
     Kind((1, 8), (72, 24), ("token", "token"), "codebook", group=24, groups=1),
+    Kind((2, 1), (64, 40), ("channel", "token"), "trellis", group=8),
+    Kind((1, 3), (40, 80), ("token", "channel"), "trellis", group=8, groups=2),
+    Kind((3, 2), (48, 64), ("token", "token"), "trellis", group=16, groups=1),
 )
 
 
@@ -80,7 +87,7 @@ def filled(kind, tokens, *, batch=1, heads=2, dtype=torch.float32, scale=1.0, **
             axis_key=kind.axes[0],
             axis_value=kind.axes[1],
             group_size=kind.group,
-            **{"backend": f"test-{kind.formats}", "residual_length": 8, **options},
+            **{"backend": kind.backend, "residual_length": 8, **options},
         ),
         0,
     )
@@ -142,10 +149,25 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
     dtype=st.sampled_from(list(TOLERANCE)),
     sink_length=st.sampled_from([0, 5]),
     rotations=st.tuples(*[st.sampled_from([None, "hadamard", "random"])] * 2),
+    smoothing=st.tuples(st.booleans(), st.booleans()),
+    scale_bits=st.sampled_from([8, 16]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_fused_equals_dequantised(
-    kind, batch, queries, tokens, masking, scale, softcap, sinks, dtype, sink_length, rotations, seed
+    kind,
+    batch,
+    queries,
+    tokens,
+    masking,
+    scale,
+    softcap,
+    sinks,
+    dtype,
+    sink_length,
+    rotations,
+    smoothing,
+    scale_bits,
+    seed,
 ):
     """For all that varies from call to call, over every kind of stream."""
     torch.manual_seed(seed)
@@ -157,6 +179,9 @@ def test_fused_equals_dequantised(
         sink_length=sink_length,
         rotation_key=rotations[0],
         rotation_value=rotations[1],
+        smoothing_key=smoothing[0],
+        smoothing_value=smoothing[1],
+        scale_bits=scale_bits,
     )
     heads = 2 * kind.groups
     query = torch.randn(batch, heads, queries, kind.widths[0]).to(dtype)
@@ -321,7 +346,7 @@ def test_every_case_is_another_kernel():
     assert len(set(KINDS)) == len(KINDS)
     for stream, (what, values) in product((0, 1), {"bits": WIDTHS, "axes": ("channel", "token")}.items()):
         assert {getattr(kind, what)[stream] for kind in KINDS} == set(values)
-    assert {kind.formats for kind in KINDS} == {"affine", "codebook"}
+    assert {kind.formats for kind in KINDS} == {"affine", "codebook", "trellis"}
 
 
 @pytest.mark.parametrize("value", ["cuda", "numbq"])

@@ -51,9 +51,26 @@ MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
     sink=st.sampled_from([0, 3]),
     small=st.booleans(),
     rotations=st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2),
+    smoothing=st.tuples(st.booleans(), st.booleans()),
+    scale_bits=st.sampled_from([8, 16]),
 )
 def test_fused_equals_dequantised(
-    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small, rotations
+    kind,
+    axes,
+    bits,
+    groups,
+    widths,
+    batch,
+    queries,
+    tokens,
+    masking,
+    scale,
+    dtype,
+    sink,
+    small,
+    rotations,
+    smoothing,
+    scale_bits,
 ):
     """For every format, axis, width, grouped-query ratio, mask, scale, dtype, rotation and tile."""
     layer, (keys, values) = filled(
@@ -69,6 +86,9 @@ def test_fused_equals_dequantised(
         sink_length=sink,
         rotation_key=rotations[0],
         rotation_value=rotations[1],
+        smoothing_key=smoothing[0],
+        smoothing_value=smoothing[1],
+        scale_bits=scale_bits,
     )
     heads = 2 * groups
     query = torch.randn(batch, heads, queries, widths[0]).to(dtype)

@@ -120,6 +120,7 @@ def layouts(draw):
         "group_size_value": sizes[1],
         "rotation_key": rotations[0],
         "rotation_value": rotations[1],
+        "scale_bits": draw(st.sampled_from([8, 16])),
     }
 
 

@@ -157,7 +157,7 @@ def test_scales_stay_wide_from_the_first_block_that_needs_it():
     assert [piece.scale.dtype for piece in together] == [torch.float16, torch.float32, torch.float32]
     assert [piece.tokens for piece in together] == [32, 32, 64]
     (alone,) = encoder(MinMax).encode(states[:, :, 64:], 64)
-    (after,) = encoder(MinMax).encode(states[:, :, 64:], 64, wide=True)
+    (after,) = encoder(MinMax).encode(states[:, :, 64:], 64, bits=32)
     assert (alone.scale.dtype, after.scale.dtype) == (torch.float16, torch.float32)
     assert torch.equal(after.scale, together[2].scale)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvquant.engine.trellis import Taps, level_indices
 from kvquant.plugin import QuantizedRows, Quantizer, Scheme
 
 _HUGE = torch.finfo(torch.float32).max
@@ -51,11 +52,11 @@ def quantizer(backend: str, nbits: int, group_size: int = 64, **options: Any) ->
 
 def read(rows: QuantizedRows) -> Tensor:
     """Dequantise as the core does, in the type of the scale."""
-    scale = rows.scale[:, None]
-    if rows.table is not None:
-        return rows.table[rows.codes.long()] * scale
-    assert rows.offset is not None
-    return rows.codes.to(scale.dtype) * scale + rows.offset[:, None]
+    scale, codes = rows.scale[:, None], rows.codes
+    if rows.taps is not None:
+        codes = level_indices(codes, Taps(*rows.taps), 1)
+    numbers = codes.to(scale.dtype) if rows.table is None else rows.table[codes.long()]
+    return numbers * scale if rows.offset is None else numbers * scale + rows.offset[:, None]
 
 
 @pytest.fixture

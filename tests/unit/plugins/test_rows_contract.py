@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvquant.plugin import QuantizedRows
 from tests.unit.plugins.conftest import HARD_ROWS, WIDEST_ROWS, as_dtype, quantizer, read
 
-BACKENDS = ("reference", "quanto", "hqq", "bitsandbytes")
+BACKENDS = ("reference", "quanto", "hqq", "bitsandbytes", "trellis")
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     *(("reference", nbits, {"scale": scale}) for nbits in (1, 2, 3, 4, 8) for scale in ("range", "error")),
     *(("quanto", nbits, {"optimizer": optimizer}) for nbits in (2, 4) for optimizer in ("max", "hqq")),
@@ -27,6 +27,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("bitsandbytes", 4, {"quant_type": "nf4"}),
     ("bitsandbytes", 4, {"quant_type": "fp4"}),
     ("bitsandbytes", 8, {}),
+    *(("trellis", nbits, {"offset": True}) for nbits in (1, 2, 3)),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_case = pytest.mark.parametrize(("backend", "nbits", "options"), CASES)
@@ -40,13 +41,14 @@ def check(rows: QuantizedRows, n_groups: int, group_size: int, nbits: int) -> No
     assert rows.scale.shape == (n_groups,)
     assert rows.scale.isfinite().all()
     if rows.offset is not None:
-        assert rows.table is None
+        assert (rows.table is None) == (rows.taps is None)
         assert rows.offset.dtype == torch.float32
         assert rows.offset.shape == (n_groups,)
         assert rows.offset.isfinite().all()
+    if rows.table is None:
+        assert rows.offset is not None
     else:
-        assert rows.table is not None
-        assert rows.table.shape == (2**nbits,)
+        assert rows.table.shape == (2**nbits if rows.taps is None else 2 ** (nbits + 1),)
         assert rows.table.isfinite().all()
 
 
