@@ -60,7 +60,7 @@ class TrellisQuantizer:
         Raises:
             ValueError: ``states`` or ``offset`` has a value that is not among those listed.
         """
-        if self._states not in TAPS:
+        if self._states not in tuple(TAPS):  # which takes what cannot be hashed, too
             raise ValueError(f"states={self._states!r} cannot work: expected one of {', '.join(map(str, TAPS))}")
         if self._offset not in ("auto", True, False):
             raise ValueError(f"offset={self._offset!r} cannot work: expected 'auto', True or False")

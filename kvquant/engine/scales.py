@@ -90,6 +90,9 @@ def to_bytes(rows: QuantizedRows, numbers: Tensor, nbits: int) -> tuple[Quantize
     fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH) | constant)
     place = None
     if offset is not None:
+        if rows.table is None:
+            # There is no level in the middle of an even number of them; a constant row is to lie on one.
+            middle = torch.where(size > 0, middle, middle - middle.sign() * taken / 2)
         parts = (middle / (taken * levels.span) * PARTS).round_().add_(CENTER).clamp_(0, 255)
         place = parts.to(torch.uint8)
         numbers = numbers.sub_(read_offset(place, taken, levels)[:, None])

@@ -28,6 +28,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("bitsandbytes", 4, {"quant_type": "fp4"}),
     ("bitsandbytes", 8, {}),
     *(("trellis", nbits, {"offset": True}) for nbits in (1, 2, 3)),
+    ("trellis", 2, {"offset": True, "states": 64}),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_case = pytest.mark.parametrize(("backend", "nbits", "options"), CASES)
