@@ -165,9 +165,9 @@ def _attend_body(
     last: Tensor | None,
     softcap: float | None,
 ) -> Part:
-    """Have a kernel attend over what may be rotated: the query is rotated for it, and the result back."""
-    rotation, other = keys.encoder.rotation, values.encoder.rotation
-    part = kernel(query if rotation is None else rotation.apply(query), keys, values, mask, last, softcap)
+    """Have a kernel attend over what may be transformed: the query is mapped for it, and the result mapped back."""
+    transform, other = keys.encoder.transform, values.encoder.transform
+    part = kernel(query if transform is None else transform.apply_to_query(query), keys, values, mask, last, softcap)
     return part if other is None else Part(part.highest, part.total, other.undo(part.mixed))
 
 
@@ -179,7 +179,7 @@ def attend_tiles(
     last: Tensor | None,
     softcap: float | None = None,
 ) -> Part:
-    """Attend over bodies tile by tile, dequantised as they were rotated; this is a `parts.Kernel`, for every format."""
+    """Attend over bodies tile by tile, as they were quantised; this is a `parts.Kernel`, for every format."""
     batch, kv_heads, rows, _ = query.shape
     queries = query_tokens(rows, mask, last)
     shape = (batch, kv_heads, rows // queries, queries)

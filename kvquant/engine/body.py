@@ -220,7 +220,7 @@ class Body:
 
     def read(self, start: int, stop: int, dtype: torch.dtype, *, rotated: bool = False) -> Iterator[Tensor]:
         """Yield tokens `start` to `stop` page by page, dequantised; as they were quantised if `rotated`."""
-        rotation = None if rotated else self.encoder.rotation
+        transform = None if rotated else self.encoder.transform
         pages = self.near
         for at in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(pages)):
             before = self._starts[at]
@@ -229,7 +229,7 @@ class Body:
                 break
             if low < high:
                 states = pages[at].dequantize(low, high, dtype)
-                yield states if rotation is None else rotation.undo(states)
+                yield states if transform is None else transform.undo(states)
 
     def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time, each in a page."""

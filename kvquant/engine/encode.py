@@ -16,10 +16,10 @@ from torch import Tensor
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.packing import pack
-from kvquant.errors import BackendContractError, QuantizationError
+from kvquant.errors import BackendContractError, QuantizationError, TransformError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
-from kvquant.transforms.rotations import Rotation
+from kvquant.transforms.heads import HeadTransform
 
 #: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
 CHUNK_ELEMENTS = 1 << 20
@@ -81,7 +81,7 @@ class Encoder:
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
-        rotation: what is done to states before; None for nothing.
+        transform: what is done to states before; None for nothing.
     """
 
     backend: str
@@ -92,7 +92,7 @@ class Encoder:
     block: int
     dtype: torch.dtype
     formats: tuple[str, ...]
-    rotation: Rotation | None = None
+    transform: HeadTransform | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
@@ -114,11 +114,12 @@ class Encoder:
         Raises:
             QuantizationError: the backend raised.
             BackendContractError: the backend returned something that it must not.
+            TransformError: the transform failed.
         """
         for start, stop in self._chunks(states):
             try:
                 pieces = self._encode_chunk(states[:, :, start:stop])
-            except BackendContractError:
+            except (BackendContractError, TransformError):
                 raise
             except Exception as cause:
                 raise QuantizationError(
@@ -149,8 +150,8 @@ class Encoder:
 
     def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
         exact = states.to(self.dtype)
-        rotated = exact if self.rotation is None else self.rotation.apply(exact)
-        rows = states_to_rows(rotated, self.scheme.axis, self.scheme.group_size)
+        mapped = exact if self.transform is None else self.transform.apply(exact)
+        rows = states_to_rows(mapped, self.scheme.axis, self.scheme.group_size)
         if rows.untyped_storage().data_ptr() == states.untyped_storage().data_ptr():
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
         return self.quantizer.quantize(rows.contiguous())

@@ -18,7 +18,7 @@ from kvquant.plugin.hookspecs import API_VERSION
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry import Backend
 from kvquant.registry.availability import Availability, missing_requirements
-from kvquant.registry.backend import IN_PROCESS
+from kvquant.registry.found import IN_PROCESS
 from kvquant.registry.loader import is_foreign
 from kvquant.registry.validation import spec_problems
 from kvquant.testing.checks import CHECKS

@@ -16,7 +16,7 @@ from kvquant.engine.border import Border
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend
-from kvquant.registry.backend import IN_PROCESS
+from kvquant.registry.found import IN_PROCESS
 
 #: Group sizes tried where a backend takes any: small and odd, the usual ones, and what fits heads of 80, 96 and 112.
 _ANY_SIZE = (7, 32, 40, 48, 56, 64, 80, 96, 112, 128, 256)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.plugin.spec import BackendSpec
-from kvquant.registry.backend import IN_PROCESS
 from kvquant.registry.discovery import normalise_distribution
+from kvquant.registry.found import IN_PROCESS
 from kvquant.testing.check import check, require
 from kvquant.testing.installed import dependencies, modules_beside, modules_of
 from kvquant.testing.outcomes import NotApplicable
