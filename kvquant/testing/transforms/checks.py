@@ -29,8 +29,8 @@ _EXACT = 1e-10
 #: How much larger than its own rounding a transform may make that of float32, which has seven digits.
 _WORST_CONDITION = 1e4
 
-#: Numbers that a transform which works in pieces, or on several threads, is sure to divide.
-_MANY = 300_000
+#: Numbers of one call, more than torch leaves to one thread (32,768).
+_MANY = 40_000
 
 
 @check("listing", "transform")
