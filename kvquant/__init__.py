@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from kvquant.cache.encoder_decoder import QuantizedEncoderDecoderCache
     from kvquant.engine.config import CacheConfig
     from kvquant.errors import KVQuantError
-    from kvquant.registry import Backend, get_backend, list_backends, register, unregister
+    from kvquant.registry import (
+        Backend,
+        get_backend,
+        get_transform,
+        list_backends,
+        list_transforms,
+        register,
+        unregister,
+    )
 
 __all__ = [
     "QuantizedCache",
@@ -27,6 +35,8 @@ __all__ = [
     "CacheConfig",
     "list_backends",
     "get_backend",
+    "list_transforms",
+    "get_transform",
     "register",
     "unregister",
     "Backend",
@@ -40,6 +50,8 @@ _HOMES = {
     "CacheConfig": "kvquant.engine.config",
     "list_backends": "kvquant.registry",
     "get_backend": "kvquant.registry",
+    "list_transforms": "kvquant.registry",
+    "get_transform": "kvquant.registry",
     "register": "kvquant.registry",
     "unregister": "kvquant.registry",
     "Backend": "kvquant.registry",

@@ -3,7 +3,8 @@
 The description (see `kvquant.cache.header` for the file around it):
 
 - ``config``: the options, as `CacheConfig.to_dict` gives them;
-- ``versions``: of kvquant, torch, transformers, and of the distributions whose backends quantised something;
+- ``versions``: of kvquant, torch, transformers, and of the distributions whose backends quantised something; and what
+  each transform that was used makes of a row that is always the same, because another version may be another map;
 - ``model``: a `ModelIdentity`, or null;
 - ``fixed``: whether the layers were made to fit a model's config, or came as they were used;
 - ``layers``: for each layer its kind and its state;
@@ -17,7 +18,6 @@ backends and layer classes that are installed here.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import sys
@@ -29,7 +29,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from kvquant._version import __version__
 from kvquant.cache.compat import head_dim
 from kvquant.cache.container import open_tensors, verify, write
 from kvquant.cache.fingerprint import ModelIdentity
@@ -47,6 +46,7 @@ from kvquant.cache.layer_states import (
     restored_layer,
 )
 from kvquant.cache.static import full_attention_layer
+from kvquant.cache.versions import check_versions, versions
 from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
 from kvquant.engine.state import MisfitError, Saved, Source, State
@@ -85,7 +85,7 @@ def save_cache(
         state.tensors["token_ids"] = _token_ids(token_ids, layers)
     description = {
         "config": config.to_dict(),
-        "versions": _versions(layers),
+        "versions": versions(layers),
         "model": None if model is None else ModelIdentity.of(model).to_dict(),
         "fixed": fixed,
         **state.meta,
@@ -123,13 +123,6 @@ def _sizes(layers: Sequence[Any]) -> tuple[int, int] | None:
             rows = layer.batch_size if isinstance(layer, QuantizedLayer) else layer.keys.shape[0]
             return int(rows), int(layer.get_seq_length())
     return None
-
-
-def _versions(layers: Sequence[Any]) -> dict[str, Any]:
-    used = [layer.settings.key.backend for layer in layers if isinstance(layer, QuantizedLayer)]
-    backends = {one.name: {"distribution": one.distribution, "version": one.version} for one in used}
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {"kvquant": __version__, **libraries, "backends": backends}
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -321,7 +314,7 @@ def _layers(
     available = _memory(device)
     if needed > available:
         raise CacheTooLargeError(header.path, needed, available)
-    _check_versions(header, [layer for layer, _ in quantized])
+    check_versions(header, [layer for layer, _ in quantized])
     for layer, part in quantized:
         restore(layer, part)
     return layers
@@ -353,27 +346,6 @@ def _check_layers(header: Header, parts: Sequence[Saved], templates: Sequence[An
                 differences.append(f"heads of layer {index} have {held} channels, and {channels} in the model")
     if differences:
         raise OtherModelError(header.path, differences[:3])
-
-
-def _check_versions(header: Header, layers: Sequence[QuantizedLayer]) -> None:
-    """Refuse what only the backend can read, if it is another version of it: it may read other numbers.
-
-    Raises:
-        CacheFileError: it is.
-    """
-    written = Saved(dict(header.description), {}).part("versions").mapping("backends")
-    for layer in layers:
-        backend = layer.settings.key.backend
-        if not layer.is_initialized or "opaque" not in backend.capabilities.formats:
-            continue
-        was = written.get(backend.name)
-        if was != {"distribution": backend.distribution, "version": backend.version}:
-            told = " ".join(map(str, was.values())) if isinstance(was, dict) else "an unknown version"
-            raise CacheFileError(
-                header.path,
-                f"it was quantised by the backend {backend.name!r} in a format of its own, in {told[:80]}; here is "
-                f"{backend.distribution} {backend.version}, which may read other numbers.",
-            )
 
 
 def _ids(saved: Saved, layers: Sequence[Any]) -> Tensor | None:

@@ -23,7 +23,6 @@ from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
 from kvquant.errors import CropError, PendingAssignmentError
 from kvquant.plugin.spec import Scheme
-from kvquant.transforms.rotations import Rotation
 
 _STREAMS = ("key", "value")
 
@@ -208,7 +207,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 block=policy.block,
                 dtype=dtypes[stream],
                 formats=settings.backend.capabilities.formats,
-                rotation=None if settings.rotation is None else Rotation(settings.rotation),
+                transform=settings.head_transform(streams[stream][1].shape[3]),
                 smooths=settings.smooths,
                 scale_bits=settings.scale_bits,
             )

@@ -10,6 +10,7 @@ import click
 from kvquant.cli.console import console, progress_bar
 from kvquant.cli.describe import clean, quietly
 from kvquant.errors import origin
+from kvquant.testing.outcomes import TransformReport
 
 if TYPE_CHECKING:
     from kvquant.testing import Report
@@ -19,6 +20,11 @@ _STYLES = {"passed": "green", "failed": "red", "not applicable": "dim"}
 
 @click.command("check-plugin")
 @click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(["backend", "transform"]),
+    help="Which of the two, where both have that name.  [default: the backend, where there is one]",
+)
 @click.option("--nbits", metavar="N[,N...]", help="Widths to check.  [default: all that the backend declares]")
 @click.option(
     "--option",
@@ -31,23 +37,25 @@ _STYLES = {"passed": "green", "failed": "red", "not applicable": "dim"}
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @click.pass_context
 def check_plugin(
-    ctx: click.Context, name: str, nbits: str | None, options: tuple[str, ...], checks: tuple[str, ...], as_json: bool
+    ctx: click.Context,
+    name: str,
+    kind: str | None,
+    nbits: str | None,
+    options: tuple[str, ...],
+    checks: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Check the backend NAME against the plugin contract: what it returns, how well, and what it imports.
+    """Check the backend or transform NAME against the plugin contract: what it returns, how well, what it imports.
 
-    Exit code 1 if a check fails. Where several distributions have a backend of one name, NAME is "distribution:name".
+    Exit code 1 if a check fails. Where several distributions have one of that name, NAME is "distribution:name".
     """
-    from kvquant.engine.typed import parse_options, parse_widths
-    from kvquant.testing import check_backend
-    from kvquant.testing.checks import CHECKS
-
-    widths, chosen = parse_widths(nbits), parse_options(options)
-    with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=as_json) as advance:
-        report = quietly(
-            lambda: check_backend(
-                name, nbits=widths, options=chosen, checks=checks or None, progress=lambda _: advance(1)
-            )
-        )
+    report: Report | TransformReport
+    if (kind or _kind(name)) == "transform":
+        if nbits is not None or options:
+            raise click.UsageError("--nbits and --option are for backends; a transform has none.")
+        report = _transform_report(name, checks, quiet=as_json)
+    else:
+        report = _backend_report(name, nbits, options, checks, quiet=as_json)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2, default=str))
     else:
@@ -56,18 +64,63 @@ def check_plugin(
         ctx.exit(1)
 
 
-def _show(report: Report) -> None:
+def _kind(name: str) -> str:
+    """Return the kind of the plugin; of a name that nothing has, "backend"."""
+    from kvquant import registry
+    from kvquant.errors import DuplicateTransformError, UnknownBackendError, UnknownTransformError
+
+    try:
+        quietly(lambda: registry.find_backend(name))
+    except UnknownBackendError:
+        try:
+            quietly(lambda: registry.find_transform(name))
+        except UnknownTransformError:
+            return "backend"
+        except DuplicateTransformError:
+            return "transform"
+        return "transform"
+    return "backend"
+
+
+def _backend_report(
+    name: str, nbits: str | None, options: tuple[str, ...], checks: tuple[str, ...], *, quiet: bool
+) -> Report:
+    from kvquant.engine.typed import parse_options, parse_widths
+    from kvquant.testing import check_backend
+    from kvquant.testing.checks import CHECKS
+
+    widths, chosen = parse_widths(nbits), parse_options(options)
+    with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=quiet) as advance:
+        return quietly(
+            lambda: check_backend(
+                name, nbits=widths, options=chosen, checks=checks or None, progress=lambda _: advance(1)
+            )
+        )
+
+
+def _transform_report(name: str, checks: tuple[str, ...], *, quiet: bool) -> TransformReport:
+    from kvquant.testing import check_transform
+    from kvquant.testing.transforms.checks import CHECKS
+
+    with progress_bar(f"checking {clean(name)}", len(CHECKS), quiet=quiet) as advance:
+        return quietly(lambda: check_transform(name, checks=checks or None, progress=lambda _: advance(1)))
+
+
+def _title(report: Report | TransformReport) -> str:
+    origin_text = clean(origin(report.distribution, report.version))
+    if isinstance(report, TransformReport):
+        return f"{clean(report.transform)}, from {origin_text}, for heads of {', '.join(map(str, report.head_dims))}"
+    chosen = "".join(f", {option}={value}" for option, value in report.options.items())
+    widths = ", ".join(map(str, report.nbits))
+    return f"{clean(report.backend)}, from {origin_text}, at {widths} bits{clean(chosen)}"
+
+
+def _show(report: Report | TransformReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     out = console(pipe_width=140)
-    chosen = "".join(f", {option}={value}" for option, value in report.options.items())
-    widths = ", ".join(map(str, report.nbits))
-    out.print(
-        f"{clean(report.backend)}, from {clean(origin(report.distribution, report.version))}, "
-        f"at {widths} bits{clean(chosen)}",
-        markup=False,
-    )
+    out.print(_title(report), markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("check", "result", "what it demands"):
         table.add_column(heading, no_wrap=heading != "what it demands", overflow="fold")

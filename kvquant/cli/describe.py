@@ -1,21 +1,24 @@
-"""A backend in plain builtins: what ``--json`` prints, and what the tables are made from."""
+"""Backends and transforms in plain builtins: what ``--json`` prints, and what the tables are made from."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from kvquant.cli.console import console
 from kvquant.plugin.spec import Requirement
-from kvquant.registry import Backend
+from kvquant.registry import Backend, TransformPlugin
 from kvquant.registry.availability import installed_version
+from kvquant.registry.found import Found
 from kvquant.registry.guard import one_line
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Found[Any])
 Facts = dict[str, object]
 
-#: How a table shows a backend that cannot be used.
+#: How a table shows what cannot be used.
 STYLES = {"missing": "yellow", "blocked": "yellow", "incompatible": "red", "broken": "red", "duplicate": "red"}
 
 
@@ -27,20 +30,10 @@ def quietly(look_up: Callable[[], T]) -> T:
 
 def facts(backend: Backend) -> Facts:
     """Return all that is known of a backend; null where nothing is, as of a broken one's capabilities."""
-    spec, state = backend.spec, backend.availability
+    spec = backend.spec
     capabilities = spec.capabilities if spec else None
-    known: Facts = {
-        "name": backend.name,
-        "version": backend.version or None,
-        "distribution": backend.distribution,
-        "available": state.ok,
-        "status": state.status,
-        "reason": state.reason or None,
-        "hint": state.hint or None,
-        "summary": spec.summary or None if spec else None,
-        "url": spec.url or None if spec else None,
-        "requires": [_requirement(requirement) for requirement in spec.requires] if spec else None,
-    }
+    known = _found_facts(backend)
+    known["requires"] = [_requirement(requirement) for requirement in spec.requires] if spec else None
     sequences = ("nbits", "axes", "group_sizes", "devices", "dtypes", "formats")
     for name in sequences:
         values = getattr(capabilities, name, None)
@@ -53,9 +46,55 @@ def facts(backend: Backend) -> Facts:
     return known
 
 
-def status_word(backend: Backend) -> str:
+def transform_facts(transform: TransformPlugin) -> Facts:
+    """Return all that is known of a transform; null where nothing is."""
+    return _found_facts(transform)
+
+
+def _found_facts(found: Found[Any]) -> Facts:
+    spec, state = found.spec, found.availability
+    return {
+        "name": found.name,
+        "version": found.version or None,
+        "distribution": found.distribution,
+        "available": state.ok,
+        "status": state.status,
+        "reason": state.reason or None,
+        "hint": state.hint or None,
+        "summary": spec.summary or None if spec else None,
+        "url": spec.url or None if spec else None,
+    }
+
+
+def print_found(all_found: Sequence[F], headings: Sequence[str], cells: Callable[[F], Sequence[str]]) -> None:
+    """Print a table of what is installed, one line each, and below it why some cannot be used.
+
+    Args:
+        all_found: backends, or transforms.
+        headings: those of the columns beside what both have.
+        cells: what stands in these columns.
+    """
+    from rich.table import Table
+
+    out = console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("name", "version", "distribution", "available", *headings):
+        table.add_column(heading, no_wrap=heading == "name", overflow="fold")
+    for found in all_found:
+        origin = clean(found.name), clean(found.version) or "-", clean(found.distribution), status_word(found)
+        style = "" if found.availability.ok else STYLES[found.availability.status]
+        table.add_row(*origin, *cells(found), style=style)
+    out.print(table, markup=False)
+    for found in all_found:
+        state = found.availability
+        if not state.ok:
+            reason = f"{clean(found.name)}: {clean(state.reason)}. Next step: {clean(state.hint)}"
+            out.print(reason, markup=False, soft_wrap=not out.is_terminal)
+
+
+def status_word(found: Found[Any]) -> str:
     """Return the status in the words of a table: ``"yes"`` for one that can be used."""
-    return "yes" if backend.availability.ok else backend.availability.status
+    return "yes" if found.availability.ok else found.availability.status
 
 
 def clean(text: object) -> str:

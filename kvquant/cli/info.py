@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -11,9 +12,10 @@ import click
 
 from kvquant import registry
 from kvquant.attention.kernels import describe
-from kvquant.cli.describe import clean, facts, quietly, status_word
-from kvquant.errors import origin
+from kvquant.cli.describe import clean, facts, quietly, status_word, transform_facts
+from kvquant.errors import UnknownBackendError, UnknownTransformError, origin
 from kvquant.plugin.spec import BackendSpec, Requirement
+from kvquant.registry import Backend, TransformPlugin
 from kvquant.registry.availability import installed_version, requirement_text
 
 
@@ -21,33 +23,45 @@ from kvquant.registry.availability import installed_version, requirement_text
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def info(name: str, as_json: bool) -> None:
-    """Show everything about the backend NAME: what it can do, and whether it can be used here.
+    """Show everything about the backend or transform NAME: what it can do, and whether it can be used here.
 
-    Where several distributions have a backend of one name, NAME is "distribution:name".
+    Where several distributions have one of that name, NAME is "distribution:name". Where a backend and a transform
+    have it, the backend is shown.
     """
-    backend = quietly(lambda: registry.find_backend(name))
+    found = quietly(lambda: _find(name))
     if as_json:
-        click.echo(json.dumps(facts(backend), indent=2))
+        click.echo(json.dumps(facts(found) if isinstance(found, Backend) else transform_facts(found), indent=2))
         return
-    state = backend.availability
-    rows = [("available", status_word(backend))]
+    state = found.availability
+    rows = [("available", status_word(found))]
     rows += [("reason", clean(state.reason))] if state.reason else []
     rows += [("next step", clean(state.hint))] if state.hint else []
-    rows.append(("distribution", clean(origin(backend.distribution, backend.version))))
-    rows += _spec_rows(backend.spec) if backend.spec else []
+    rows.append(("distribution", clean(origin(found.distribution, found.version))))
+    rows += [("url", clean(found.spec.url))] if found.spec and found.spec.url else []
+    if isinstance(found, Backend):
+        rows += _spec_rows(found.spec) if found.spec else []
+    else:
+        rows.append(("used by", "rotation_key, rotation_value"))
     page = click.HelpFormatter(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000)
-    summary = backend.spec.summary if backend.spec else ""
-    page.write_heading(clean(backend.name) + (f", {clean(summary)}" if summary else ""))
+    summary = found.spec.summary if found.spec else ""
+    page.write_heading(clean(found.name) + (f", {clean(summary)}" if summary else ""))
     page.indent()
     page.write_dl(rows)
     click.echo(page.getvalue().rstrip())
 
 
+def _find(name: str) -> Backend | TransformPlugin:
+    try:
+        return registry.find_backend(name)
+    except UnknownBackendError:
+        with contextlib.suppress(UnknownTransformError):
+            return registry.find_transform(name)
+        raise
+
+
 def _spec_rows(spec: BackendSpec) -> list[tuple[str, str]]:
     can = spec.capabilities
-    rows = [("url", clean(spec.url))] if spec.url else []
     return [
-        *rows,
         ("requires", _items(map(_requirement, spec.requires), none="nothing")),
         ("bits", _items(can.nbits)),
         ("axes", _items(can.axes)),

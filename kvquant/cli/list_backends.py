@@ -9,11 +9,8 @@ from itertools import pairwise
 import click
 
 from kvquant import registry
-from kvquant.cli.console import console
-from kvquant.cli.describe import STYLES, clean, facts, quietly, status_word
+from kvquant.cli.describe import facts, print_found, quietly
 from kvquant.registry import Backend
-
-_HEADINGS = ("name", "version", "distribution", "available", "bits", "axes", "formats")
 
 
 @click.command("list-backends")
@@ -27,28 +24,14 @@ def list_backends(as_json: bool) -> None:
     if not backends:
         click.echo("No backends are installed.", err=True)
         return
-    from rich.table import Table
-
-    out = console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in _HEADINGS:
-        table.add_column(heading, no_wrap=heading == "name", overflow="fold")
-    for backend in backends:
-        table.add_row(*_cells(backend), style="" if backend.availability.ok else STYLES[backend.availability.status])
-    out.print(table, markup=False)
-    for backend in backends:
-        state = backend.availability
-        if not state.ok:
-            reason = f"{clean(backend.name)}: {clean(state.reason)}. Next step: {clean(state.hint)}"
-            out.print(reason, markup=False, soft_wrap=not out.is_terminal)
+    print_found(backends, ("bits", "axes", "formats"), _cells)
 
 
 def _cells(backend: Backend) -> tuple[str, ...]:
-    origin = clean(backend.name), clean(backend.version) or "-", clean(backend.distribution), status_word(backend)
     if backend.spec is None:
-        return (*origin, "-", "-", "-")
+        return ("-", "-", "-")
     can = backend.capabilities
-    return (*origin, _ranges(can.nbits), ", ".join(can.axes), ", ".join(can.formats))
+    return (_ranges(can.nbits), ", ".join(can.axes), ", ".join(can.formats))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -17,9 +17,14 @@ from kvquant.errors import ConfigError, KVQuantError
 #: Command -> its module, its object there, and its line in the list of commands.
 COMMANDS = {
     "list-backends": ("kvquant.cli.list_backends", "list_backends", "List the backends that are installed."),
-    "info": ("kvquant.cli.info", "info", "Show everything about one backend."),
+    "list-transforms": ("kvquant.cli.list_transforms", "list_transforms", "List the transforms that are installed."),
+    "info": ("kvquant.cli.info", "info", "Show everything about one backend or transform."),
     "new-plugin": ("kvquant.cli.new_plugin", "new_plugin", "Write a new plugin project to start from."),
-    "check-plugin": ("kvquant.cli.check_plugin", "check_plugin", "Check a backend against the plugin contract."),
+    "check-plugin": (
+        "kvquant.cli.check_plugin",
+        "check_plugin",
+        "Check a backend or transform against the plugin contract.",
+    ),
     "compare-backends": (
         "kvquant.cli.compare_backends",
         "compare_backends",

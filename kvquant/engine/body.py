@@ -127,7 +127,7 @@ class Body:
     @property
     def frame(self) -> Frame:
         """The frame in which its tokens are quantised."""
-        return Frame(self.smoothing, self.encoder.rotation)
+        return Frame(self.smoothing, self.encoder.transform)
 
     def smoothing_for(self, block: Tensor) -> Smoothing | None:
         """Return how the next tokens are smoothed.

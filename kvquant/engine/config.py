@@ -50,9 +50,9 @@ class CacheConfig:
         group_size: numbers that share a scale; None takes 64, or where that does not fit the largest below that does.
             transformers' name `q_group_size` is accepted too.
         group_size_key, group_size_value: the same for keys or values alone.
-        rotation_key, rotation_value: rotation of a head's channels before they are quantised, ``"hadamard"`` or
-            ``"random"`` (see `kvquant.transforms.rotations.Rotation`); None for none. It spreads outlier channels,
-            which helps keys on the token axis most.
+        rotation_key, rotation_value: name of the transform of a head's channels before they are quantised, as
+            ``kvquant list-transforms`` shows it; None for none. Rotations (``"hadamard"``, ``"random"``) spread outlier
+            channels, which helps keys on the token axis most.
         smoothing_key, smoothing_value: whether channels are centred, and outlier channels scaled down, by what the
             first quantised block says of them (see `kvquant.transforms.smoothing`).
         scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see

@@ -18,11 +18,11 @@ from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_
 from kvquant.engine.packing import pack
 from kvquant.engine.scales import to_bytes
 from kvquant.engine.trellis import Taps
-from kvquant.errors import BackendContractError, QuantizationError
+from kvquant.errors import BackendContractError, QuantizationError, TransformError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
 from kvquant.transforms.frame import Frame
-from kvquant.transforms.rotations import Rotation
+from kvquant.transforms.heads import HeadTransform
 
 #: Numbers handed to a backend in one call at most (unless one block of one batch row has more): 4 MiB in float32.
 CHUNK_ELEMENTS = 1 << 20
@@ -103,7 +103,7 @@ class Encoder:
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
-        rotation: what is done to the channels before; None for nothing.
+        transform: what is done to the channels before; None for nothing.
         smooths: whether channels are smoothed before that, see `kvquant.transforms.smoothing`.
         scale_bits: bits in which scales are stored, as far as that does no harm: 8 or 16.
     """
@@ -116,7 +116,7 @@ class Encoder:
     block: int
     dtype: torch.dtype
     formats: tuple[str, ...]
-    rotation: Rotation | None = None
+    transform: HeadTransform | None = None
     smooths: bool = False
     scale_bits: int = 16
 
@@ -141,12 +141,13 @@ class Encoder:
         Raises:
             QuantizationError: the backend raised.
             BackendContractError: the backend returned something that it must not.
+            TransformError: the transform failed.
         """
-        frame, bits = frame or Frame(rotation=self.rotation), max(bits, self.scale_bits)
+        frame, bits = frame or Frame(transform=self.transform), max(bits, self.scale_bits)
         for start, stop in self._chunks(states):
             try:
                 pieces = self._encode_chunk(frame.enter(states[:, :, start:stop].to(self.dtype)))
-            except BackendContractError:
+            except (BackendContractError, TransformError):
                 raise
             except Exception as cause:
                 raise QuantizationError(

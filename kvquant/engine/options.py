@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvquant.engine.packing import WIDTHS
-from kvquant.errors import OptionValueError, UnknownOptionError
-from kvquant.transforms.rotations import ROTATIONS
+from kvquant.errors import OptionValueError, UnknownOptionError, UnknownTransformError
+from kvquant.registry import check_transform_name
 
 #: Options that may differ from layer to layer.
 LAYER_OPTIONS = (
@@ -85,8 +85,8 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "'channel' or 'token', or an integer axis that the backend has")
         if option.startswith("group_size") and value is not None and not (is_int(value) and value > 0):
             raise OptionValueError(name, value, "a whole number above 0, or None to have it chosen")
-        if option.startswith("rotation") and value not in (None, *ROTATIONS):
-            raise OptionValueError(name, value, f"one of {', '.join(ROTATIONS)}, or None")
+        if option.startswith("rotation") and value is not None:
+            _check_transform(name, value)
         if option.startswith("smoothing") and not isinstance(value, bool):
             raise OptionValueError(name, value, "True or False")
         if option == "scale_bits" and not is_int(value, SCALE_BITS):
@@ -95,6 +95,17 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "a whole number of tokens, 0 or more")
         if option == "options":
             mapping(name, value)
+
+
+def _check_transform(option: str, value: Any) -> None:
+    """Refuse a name that no transform has; nothing of it is imported."""
+    expected = "the name of a transform, or None"
+    if not isinstance(value, str):
+        raise OptionValueError(option, value, expected)
+    try:
+        check_transform_name(value)
+    except UnknownTransformError as unknown:
+        raise OptionValueError(option, value, f"{expected}. {unknown.advice.rstrip('.')}") from None
 
 
 def mapping(option: str, value: object) -> Mapping[str, Any]:

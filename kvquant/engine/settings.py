@@ -11,11 +11,11 @@ import torch
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.grouping import block_tokens
 from kvquant.engine.window import WindowPolicy
-from kvquant.errors import OptionValueError, UnsupportedError, listing
+from kvquant.errors import HeadDimError, OptionValueError, UnsupportedError, listing
 from kvquant.plugin.capabilities import Capabilities
 from kvquant.plugin.spec import Axis, Scheme
-from kvquant.registry import Backend, get_backend
-from kvquant.transforms.rotations import RotationName, block_size
+from kvquant.registry import Backend, TransformPlugin, get_backend, get_transform
+from kvquant.transforms.heads import HeadTransform, head_transform
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -29,7 +29,7 @@ class StreamSettings:
         where: the layer, for messages; empty for the settings of a whole cache.
         backend: the backend that quantises them.
         nbits, axis, group_size: the scheme; `group_size` None is decided once head_dim is known.
-        rotation: name of the rotation before quantisation, None for none.
+        transform: what is done to a head's channels before, None for nothing.
         smooths: whether channels are smoothed before that.
         scale_bits: bits in which scales are stored, as far as that does no harm.
         options: the backend's own options.
@@ -41,7 +41,7 @@ class StreamSettings:
     nbits: int
     axis: Axis
     group_size: int | None
-    rotation: RotationName | None
+    transform: TransformPlugin | None
     smooths: bool
     scale_bits: int
     options: Mapping[str, Any]
@@ -66,11 +66,26 @@ class StreamSettings:
             reasons.append(
                 f"group_size={group_size} does not divide head_dim={head_dim}; those that do: {listing(works)}"
             )
-        if head_dim is not None and self.rotation and block_size(head_dim) == 1:
-            reasons.append(f"rotation_{self.stream}={self.rotation!r} needs an even head_dim, and it is {head_dim}")
+        if head_dim is not None:
+            reasons += self._transform_reasons(head_dim)
         if reasons:
             raise self._unsupported(reasons)
         return scheme
+
+    def head_transform(self, head_dim: int) -> HeadTransform | None:
+        """Return the transform for states of `head_dim` channels; None for none.
+
+        Raises:
+            TransformError: it cannot be had, or cannot do heads of that size (which `scheme` has refused).
+        """
+        return None if self.transform is None else head_transform(self.transform, head_dim)
+
+    def _transform_reasons(self, head_dim: int) -> list[str]:
+        try:
+            self.head_transform(head_dim)
+        except HeadDimError as cause:
+            return [f"rotation_{self.stream}={cause.name!r} does not work with head_dim={head_dim}: {cause.problem}"]
+        return []
 
     def _best_group(self, capabilities: Capabilities, head_dim: int | None) -> int:
         if self.axis == "token" and head_dim is not None:
@@ -111,6 +126,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
         BackendUnavailableError: the backend's library is not installed.
         UnsupportedError: the backend cannot do what is asked, as far as can be told before the first states.
         BackendFactoryError: the backend refuses a value of one of its own options.
+        UnknownTransformError: and the other errors of `get_transform`.
     """
     options = config.layer_options(layer)
     backend = get_backend(options["backend"])
@@ -118,6 +134,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
     streams = []
     for stream in ("key", "value"):
         nbits, group_size = options[f"nbits_{stream}"], options[f"group_size_{stream}"]
+        rotation = options[f"rotation_{stream}"]
         settings = StreamSettings(
             stream=stream,
             where="" if layer is None else f"layer {layer}",
@@ -125,7 +142,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
             nbits=options["nbits"] if nbits is None else nbits,
             axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
             group_size=options["group_size"] if group_size is None else group_size,
-            rotation=options[f"rotation_{stream}"],
+            transform=None if rotation is None else get_transform(rotation),
             smooths=options[f"smoothing_{stream}"],
             scale_bits=options["scale_bits"],
             options=options["options"],

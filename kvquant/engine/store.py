@@ -130,7 +130,7 @@ class Store:
         if leaving:
             position = self.body.first_token + self.body.held
             smoothing = self.body.smoothing_for(self._span(states, first, first + self.policy.block))
-            frame = Frame(smoothing, self.body.encoder.rotation)
+            frame = Frame(smoothing, self.body.encoder.transform)
             pieces = self._encode(states, first, first + leaving, position, frame)
             body = self.body.stage(pieces, leaving, smoothing)
         # Set the sink apart once quantised tokens will lie between it and the window.

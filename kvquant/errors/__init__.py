@@ -25,6 +25,21 @@ attributes, so that code need not parse text::
     │   ├── BackendSpecError (ValueError)           a declaration that cannot work
     │   ├── BackendExistsError (ValueError)         registered under a name that is taken
     │   └── BackendNotRegisteredError (ValueError)  unregistered without having been registered
+    ├── TransformError                      a transform, or the declaration of one
+    │   ├── UnknownTransformError (ValueError)      no installed transform has that name
+    │   ├── TransformUnavailableError (ImportError) there is one, and it cannot be used
+    │   │   ├── DuplicateTransformError     several distributions provide it
+    │   │   ├── BlockedTransformError       an environment variable forbids it
+    │   │   ├── BrokenTransformError        its plugin fails to load
+    │   │   │   └── IncompatibleTransformError  ... being written for another plugin API
+    │   │   └── TransformImportError        it fails to import
+    │   ├── HeadDimError (ValueError)               heads of a size that it cannot do
+    │   ├── TransformFactoryError (RuntimeError)    its factory raised something else
+    │   ├── TransformFailedError (RuntimeError)     it raised while it was applied or undone
+    │   ├── TransformContractError (TypeError)      it returned something else than promised
+    │   ├── TransformSpecError (ValueError)         a declaration that cannot work
+    │   ├── TransformExistsError (ValueError)       registered under a name that is taken
+    │   └── TransformNotRegisteredError (ValueError)    unregistered without having been registered
     ├── StatesError (ValueError)            key and value states that do not fit the cache
     │   ├── NonFiniteStatesError            NaN or infinity in them
     │   └── CacheFullError                  more of them than a cache of fixed size has room for
@@ -114,6 +129,23 @@ from kvquant.errors.states import (
     StaleStatesError,
     StatesError,
 )
+from kvquant.errors.transforms import (
+    BlockedTransformError,
+    BrokenTransformError,
+    DuplicateTransformError,
+    HeadDimError,
+    IncompatibleTransformError,
+    TransformContractError,
+    TransformError,
+    TransformExistsError,
+    TransformFactoryError,
+    TransformFailedError,
+    TransformImportError,
+    TransformNotRegisteredError,
+    TransformSpecError,
+    TransformUnavailableError,
+    UnknownTransformError,
+)
 
 __all__ = [
     "KVQuantError",
@@ -165,4 +197,19 @@ __all__ = [
     "ReadOnlyStatesError",
     "StaleStatesError",
     "StatesError",
+    "TransformError",
+    "UnknownTransformError",
+    "TransformUnavailableError",
+    "DuplicateTransformError",
+    "BlockedTransformError",
+    "BrokenTransformError",
+    "IncompatibleTransformError",
+    "TransformImportError",
+    "HeadDimError",
+    "TransformFactoryError",
+    "TransformFailedError",
+    "TransformContractError",
+    "TransformSpecError",
+    "TransformExistsError",
+    "TransformNotRegisteredError",
 ]

@@ -1,4 +1,4 @@
-"""Whether a backend can be used, from metadata alone: no library is imported to find out."""
+"""Whether a plugin can be used, from metadata alone: no library is imported to find out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Literal
+from typing import Literal, cast
 
-from kvquant.errors import BackendUnavailableError, MissingRequirementError, OutdatedRequirementError, listing
+from kvquant.errors import MissingRequirementError, OutdatedRequirementError, listing
+from kvquant.errors.plugins import UnavailablePluginError
 from kvquant.plugin.spec import BackendSpec, Requirement
 from kvquant.registry.hints import INSTALL_COMMANDS
 
 Status = Literal["ok", "missing", "incompatible", "broken", "blocked", "duplicate"]
 
-#: Makes the error that says why a backend cannot be used. Errors are made anew each time, because one that is kept
+#: Makes the error that says why a plugin cannot be used. Errors are made anew each time, because one that is kept
 #: keeps alive every frame that it went through, with all tensors in them.
-Problem = Callable[[], BackendUnavailableError]
+Problem = Callable[[], UnavailablePluginError]
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used.
+    """Whether a backend or transform can be used.
 
     Attributes:
         status: ``"ok"``; ``"missing"`` (a library that it needs is not installed, or too old); ``"incompatible"``
@@ -37,8 +38,16 @@ class Availability:
 
     @property
     def ok(self) -> bool:
-        """Whether the backend can be used."""
+        """Whether it can be used."""
         return self.status == "ok"
+
+    @classmethod
+    def of(cls, problem: Problem | None) -> Availability:
+        """Return what stands in the way as an availability; "ok" where nothing does."""
+        if problem is None:
+            return cls("ok")
+        error = problem()
+        return cls(cast("Status", error.status), error.reason, error.hint)
 
 
 def missing_requirements(spec: BackendSpec, distribution: str) -> Problem | None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from kvquant.plugin.hookspecs import ENTRY_POINT_GROUP
+from kvquant.plugin.hookspecs import BACKEND_GROUP, TRANSFORM_GROUP
 
 _NAMELESS = "nameless-distribution"
+_GROUPS = (BACKEND_GROUP, TRANSFORM_GROUP)
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class InstalledPlugin:
     """One entry point.
 
     Attributes:
-        name: the backend's name, in lower case.
+        group: what it is an entry point for, e.g. ``"kvquant.backends"``.
+        name: the backend's or transform's name, in lower case.
         value: what the entry point refers to, e.g. ``"my_package.backends"``.
         distribution: name of the distribution that declares it.
         version: version of that distribution, or an empty string where its metadata lacks one.
     """
 
+    group: str
     name: str
     value: str
     distribution: str
@@ -34,8 +37,8 @@ def normalise_distribution(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def installed_plugins() -> list[InstalledPlugin]:
-    """Return every entry point of the group, duplicates included, sorted by name and distribution.
+def installed_plugins(group: str) -> list[InstalledPlugin]:
+    """Return every entry point of a group of ours, duplicates included, sorted by name and distribution.
 
     A distribution that is on the path twice counts once, as it does for imports: the first hides the second. One whose
     metadata cannot be read is no reason to fail, and hides nothing but itself.
@@ -43,12 +46,13 @@ def installed_plugins() -> list[InstalledPlugin]:
     found: dict[str, list[InstalledPlugin]] = {}
     for distribution in metadata.distributions():
         # A search in the text first: parsing the entry points of all distributions takes several times longer.
-        if ENTRY_POINT_GROUP in _entry_points_text(distribution):
+        text = _entry_points_text(distribution)
+        if any(ours in text for ours in _GROUPS):
             plugins = list(_plugins(distribution))
             if plugins:
                 name = plugins[0].distribution
                 found.setdefault(f"{len(found)}" if name == _NAMELESS else normalise_distribution(name), plugins)
-    unique = {plugin for plugins in found.values() for plugin in plugins}
+    unique = {plugin for plugins in found.values() for plugin in plugins if plugin.group == group}
     return sorted(unique, key=lambda plugin: (plugin.name, plugin.distribution, plugin.value))
 
 
@@ -66,9 +70,9 @@ def _plugins(distribution: metadata.Distribution) -> Iterator[InstalledPlugin]:
     for line in map(str.strip, _entry_points_text(distribution).splitlines()):
         if line.startswith("[") and line.endswith("]"):
             section = line[1:-1].strip()
-        elif section == ENTRY_POINT_GROUP and line and not line.startswith(("#", ";")):
-            backend, _, value = line.partition("=")
-            yield InstalledPlugin(backend.strip().lower(), value.strip(), name, version)
+        elif section in _GROUPS and line and not line.startswith(("#", ";")):
+            plugin, _, value = line.partition("=")
+            yield InstalledPlugin(section, plugin.strip().lower(), value.strip(), name, version)
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:

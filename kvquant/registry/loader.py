@@ -14,95 +14,97 @@ from importlib import metadata
 
 import pluggy
 
-from kvquant.errors import BrokenBackendError, IncompatibleBackendError, listing
+from kvquant.errors import listing
 from kvquant.plugin import hookspecs
-from kvquant.plugin.hookspecs import API_VERSION, ENTRY_POINT_GROUP, PROJECT
-from kvquant.plugin.spec import BackendSpec
+from kvquant.plugin.hookspecs import API_VERSION, PROJECT
 from kvquant.registry.availability import Problem
 from kvquant.registry.discovery import InstalledPlugin
 from kvquant.registry.guard import PluginError, call_plugin, one_line
-from kvquant.registry.validation import spec_problems
+from kvquant.registry.kinds import HOOKS, Kind, S, Spec
 
-HOOK = hookspecs.kvquant_register_backends.__name__
 #: ``module``, ``module:attribute``, with or without ``[extra]``, as the entry-point format has it.
 _REFERENCE = re.compile(r"[\w.]+(\s*:\s*[\w.]+)?(\s*\[.*\])?")
 
 
 class DeclarationError(Exception):
-    """A plugin declares its backends in a way that cannot work; the text says what is wrong."""
+    """A plugin declares what it provides in a way that cannot work; the text says what is wrong."""
 
 
-def load(plugin: InstalledPlugin) -> BackendSpec | Problem:
+def load(plugin: InstalledPlugin, kind: Kind[S]) -> S | Problem:
     """Import a plugin's light module, call its hook and check what it declares.
 
     Args:
         plugin: the entry point.
+        kind: the kind of its group.
 
     Returns:
-        The declaration of the entry point's backend, or what is wrong with the plugin.
+        The declaration of the entry point's name, or what is wrong with the plugin.
     """
     try:
-        return call_plugin(lambda: _load(plugin))
+        return call_plugin(lambda: _load(plugin, kind))
     except PluginError as error:
         problem, details = f"its plugin fails to load: {error.problem}", error.details
         if isinstance(error.__cause__, DeclarationError):
             problem, details = str(error.__cause__), ""
-        return partial(BrokenBackendError, plugin.name, plugin.distribution, plugin.version, problem, details)
+        return partial(kind.errors.broken, plugin.name, plugin.distribution, plugin.version, problem, details)
 
 
-def _load(plugin: InstalledPlugin) -> BackendSpec | Problem:
+def _load(plugin: InstalledPlugin, kind: Kind[S]) -> S | Problem:
     if not _REFERENCE.fullmatch(plugin.value):
         raise DeclarationError(f"its entry point refers to {one_line(repr(plugin.value))}, which names no module")
-    spec = _choose(plugin.name, declared(metadata.EntryPoint(plugin.name, plugin.value, ENTRY_POINT_GROUP).load()))
+    specs = declared(metadata.EntryPoint(plugin.name, plugin.value, plugin.group).load(), kind)
+    spec = _choose(plugin.name, specs)
     if is_foreign(spec):
         origin = plugin.name, plugin.distribution, plugin.version
-        return partial(IncompatibleBackendError, *origin, spec.api_version, API_VERSION)
-    problems = spec_problems(spec)
+        return partial(kind.errors.incompatible, *origin, spec.api_version, API_VERSION)
+    problems = kind.problems(spec)
     if problems:
         raise DeclarationError(one_line("; ".join(problems)))
     return spec
 
 
-def declared(plugin: object) -> list[BackendSpec]:
+def declared(plugin: object, kind: Kind[S]) -> list[S]:
     """Call the hook of a module or object.
 
     Args:
         plugin: anything with the hook.
+        kind: whose hook.
 
     Returns:
-        What the hook returned, each of them a `BackendSpec` in type, and nothing more is known of it.
+        What the hook returned, each of them a declaration in type, and nothing more is known of it.
 
     Raises:
         DeclarationError: it has no hook, a misspelt one, or one that returns something else.
         Exception: whatever the hook raises.
     """
-    manager = pluggy.PluginManager(PROJECT)
+    manager, hook = pluggy.PluginManager(PROJECT), kind.hook
     manager.add_hookspecs(hookspecs)
     try:
         manager.register(plugin, name="plugin")
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise DeclarationError(_validation_problem(error, manager)) from error
-    caller = getattr(manager.hook, HOOK)
+        raise DeclarationError(_validation_problem(error, manager, hook)) from error
+    caller = getattr(manager.hook, hook)
     if not caller.get_hookimpls():
-        reason = "lacks the decorator @kvquant.plugin.hookimpl" if hasattr(plugin, HOOK) else "is not there"
-        raise DeclarationError(f"its hook {HOOK} {reason}")
+        reason = "lacks the decorator @kvquant.plugin.hookimpl" if hasattr(plugin, hook) else "is not there"
+        raise DeclarationError(f"its hook {hook} {reason}")
     results = caller()
     specs = results[0] if results else None
     if not isinstance(specs, (list, tuple)):
-        raise DeclarationError(f"its hook {HOOK} must return a list, and returned a {type(specs).__name__}")
-    strangers = {type(spec).__name__ for spec in specs if not isinstance(spec, BackendSpec)}
+        raise DeclarationError(f"its hook {hook} must return a list, and returned a {type(specs).__name__}")
+    strangers = {type(spec).__name__ for spec in specs if not isinstance(spec, kind.spec)}
     if strangers:
-        raise DeclarationError(f"its hook {HOOK} must list BackendSpecs, and lists a {listing(sorted(strangers))}")
+        names = listing(sorted(strangers))
+        raise DeclarationError(f"its hook {hook} must list {kind.spec.__name__}s, and lists a {names}")
     return list(specs)
 
 
-def is_foreign(spec: BackendSpec) -> bool:
+def is_foreign(spec: Spec) -> bool:
     """Return whether `spec` was made for another version of the plugin API; its fields may mean other things then."""
     return type(spec.api_version) is int and spec.api_version != API_VERSION
 
 
-def _choose(name: str, specs: list[BackendSpec]) -> BackendSpec:
+def _choose(name: str, specs: list[S]) -> S:
     chosen = [spec for spec in specs if spec.name == name]
     if len(chosen) == 1:
         return chosen[0]
@@ -112,9 +114,11 @@ def _choose(name: str, specs: list[BackendSpec]) -> BackendSpec:
     raise DeclarationError(f"its entry point is named {name!r}, and its hook declares {others}")
 
 
-def _validation_problem(error: pluggy.PluginValidationError, manager: pluggy.PluginManager) -> str:
+def _validation_problem(error: pluggy.PluginValidationError, manager: pluggy.PluginManager, hook: str) -> str:
     """Say in a line what pluggy says in several."""
-    unknown = [name for name in vars(manager.hook) if not name.startswith("_") and name != HOOK]
+    unknown = [name for name in vars(manager.hook) if not name.startswith("_") and name not in HOOKS]
     if unknown:
-        return f"it has a hook {', '.join(unknown)}, which kvquant does not know (it knows {HOOK})"
-    return f"its hook {HOOK} does not fit: {one_line(str(error).strip().splitlines()[-1])}"
+        return f"it has a hook {', '.join(unknown)}, which kvquant does not know (it knows {', '.join(HOOKS)})"
+    lines = str(error).strip().splitlines()
+    named = [name for name in HOOKS if f"'{name}'" in lines[0]]
+    return f"its hook {named[0] if named else hook} does not fit: {one_line(lines[-1])}"

@@ -1,230 +1,244 @@
-"""Names to backends: `get_backend`, `list_backends`, `register`, and the environment's say in them."""
+"""Names to plugins of one kind, and the environment's say in them."""
 
 from __future__ import annotations
 
 import os
 from functools import cache, partial
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from kvquant.errors import (
-    BackendExistsError,
-    BackendNotRegisteredError,
-    BackendSpecError,
-    BackendUnavailableError,
-    BlockedBackendError,
-    BrokenBackendError,
-    DuplicateBackendError,
-    IncompatibleBackendError,
-    MissingRequirementError,
-    OptionValueError,
-    OutdatedRequirementError,
-    UnknownBackendError,
-)
+from kvquant.errors import OptionValueError
 from kvquant.plugin.hookspecs import API_VERSION
-from kvquant.plugin.spec import BackendSpec
-from kvquant.registry.availability import Availability, Problem, Status, missing_requirements
-from kvquant.registry.backend import IN_PROCESS, Backend
+from kvquant.registry.availability import Availability, Problem
 from kvquant.registry.discovery import InstalledPlugin, installed_plugins, normalise_distribution
-from kvquant.registry.hints import install_command, suggest
+from kvquant.registry.found import IN_PROCESS, Found
+from kvquant.registry.kinds import Kind, S
 from kvquant.registry.loader import DeclarationError, declared, is_foreign, load
-from kvquant.registry.validation import spec_problems
 
-BLOCK_VARIABLE = "KVQUANT_BLOCK_BACKENDS"
-ALLOW_VARIABLE = "KVQUANT_LOAD_BACKENDS"
-
-_registered: dict[str, BackendSpec] = {}
-_installed = cache(installed_plugins)
-_load = cache(load)
-
-_STATUS: dict[type[BackendUnavailableError], Status] = {
-    MissingRequirementError: "missing",
-    OutdatedRequirementError: "missing",
-    IncompatibleBackendError: "incompatible",
-    BrokenBackendError: "broken",
-    DuplicateBackendError: "duplicate",
-    BlockedBackendError: "blocked",
-}
+P = TypeVar("P", bound=Found[Any])
+P_co = TypeVar("P_co", bound=Found[Any], covariant=True)
 
 
-def get_backend(name: str) -> Backend:
-    """Return the backend of that name; imports its plugin's light module, not its library.
+class _Make(Protocol[P_co]):
+    """Makes what users get of one kind; takes the fields of `Found`."""
 
-    Args:
-        name: a backend's name in any case, or ``"distribution:name"``.
-
-    Returns:
-        The backend. A library that it needs may still be missing: `Backend.require` tells, and `Backend.create`.
-
-    Raises:
-        UnknownBackendError: nothing of that name is installed or registered.
-        DuplicateBackendError: several distributions provide it; ``"distribution:name"`` chooses.
-        BlockedBackendError: the environment forbids it.
-        BrokenBackendError: its plugin fails to load, or (IncompatibleBackendError) is for another plugin API.
-        OptionValueError: `name` is not a string.
-    """
-    backend = find_backend(name)
-    if backend.availability.status != "missing":
-        backend.require()
-    return backend
+    def __call__(
+        self,
+        name: str,
+        distribution: str,
+        version: str,
+        availability: Availability,
+        spec: Any,
+        _problem: Problem | None = None,
+        /,
+    ) -> P_co:
+        """Make it."""
+        ...  # an interface
 
 
-def find_backend(name: str) -> Backend:
-    """Return the backend of that name, even a blocked or broken one, so that it can be looked at.
+class Registry(Generic[S, P]):
+    """All plugins of one kind, installed or registered in this process."""
 
-    Args:
-        name: as for `get_backend`.
+    def __init__(self, kind: Kind[S], make: _Make[P]) -> None:
+        """Begin with those that are installed.
 
-    Raises:
-        UnknownBackendError, DuplicateBackendError, OptionValueError: as for `get_backend`.
-    """
-    key = _key(name)
-    distribution, _, plain = key.rpartition(":")
-    if plain in _registered and distribution in ("", IN_PROCESS):
-        return _registered_backend(_registered[plain])
-    named = [plugin for plugin in _installed() if plugin.name == plain]
-    if distribution:
-        wanted = normalise_distribution(distribution)
-        named = [plugin for plugin in named if normalise_distribution(plugin.distribution) == wanted]
-    if not named:
-        raise _unknown(name, key)
-    usable = [plugin for plugin in named if not _blocked(plugin)]
-    if len(usable) > 1:
-        raise DuplicateBackendError(plain, [plugin.distribution for plugin in usable])
-    return _backend(usable[0] if usable else named[0])
+        Args:
+            kind: the kind.
+            make: makes what users get.
+        """
+        self.kind, self._make = kind, make
+        self._registered: dict[str, S] = {}
+        self._installed = cache(partial(installed_plugins, kind.group))
+        self._load = cache(partial(load, kind=kind))
 
+    # -------------------------------------------------------------------------------------------- looking up
 
-def list_backends() -> list[Backend]:
-    """Return every backend, usable or not, sorted by name; imports plugins' light modules, not their libraries.
+    def get(self, name: str) -> P:
+        """Return the plugin of that name.
 
-    Installed backends appear once for each distribution that provides them, and those registered in this process in
-    place of installed ones of the same name. `Backend.availability` says whether and why not.
-    """
-    installed = [plugin for plugin in _installed() if plugin.name not in _registered]
-    usable = [plugin for plugin in installed if not _blocked(plugin)]
-    backends = [_registered_backend(spec) for spec in list(_registered.values())]
-    for plugin in installed:
-        rivals = [other.distribution for other in usable if other.name == plugin.name]
-        several = plugin in usable and len(rivals) > 1
-        backends.append(_backend(plugin, partial(DuplicateBackendError, plugin.name, rivals) if several else None))
-    return sorted(backends, key=lambda backend: (backend.name, backend.distribution))
+        Args:
+            name: in any case, or ``"distribution:name"``.
 
+        Raises:
+            UnknownPluginError, UnavailablePluginError, OptionValueError: it cannot be had; it may lack a library.
+        """
+        found = self.find(name)
+        if found.availability.status != "missing":
+            found.require()
+        return found
 
-def register(backend: object, *, replace: bool = False) -> None:
-    """Make backends known in this process, for example from a notebook.
+    def find(self, name: str) -> P:
+        """Return the plugin of that name, even a blocked or broken one.
 
-    Args:
-        backend: a `BackendSpec` (its factory may be the class itself), or any module or object with the hook
-            ``kvquant_register_backends``.
-        replace: whether to stand in for backends of the same name, installed or registered.
+        Raises:
+            UnknownPluginError, DuplicatePluginError, OptionValueError: there is none, or several, or it is no name.
+        """
+        distribution, plain = self._parts(name)
+        if plain in self._registered and distribution in ("", IN_PROCESS):
+            return self._in_process(self._registered[plain])
+        named = self._named(distribution, plain)
+        if not named:
+            raise self._unknown(name)
+        usable = [plugin for plugin in named if not self._blocked(plugin)]
+        if len(usable) > 1:
+            raise self.kind.errors.duplicate(plain, [plugin.distribution for plugin in usable])
+        return self._found(usable[0] if usable else named[0])
 
-    Raises:
-        BackendSpecError: the declaration cannot work.
-        IncompatibleBackendError: it was made for another version of the plugin API.
-        BackendExistsError: the name is taken and `replace` is false.
-    """
-    specs = [backend] if isinstance(backend, BackendSpec) else _declared(backend)
-    taken = {plugin.name: plugin.distribution for plugin in _installed()} | dict.fromkeys(_registered, "this process")
-    for position, spec in enumerate(specs):
+    def check_name(self, name: str) -> None:
+        """Do nothing if there is a plugin of that name, usable or not; imports nothing of it.
+
+        Raises:
+            UnknownPluginError, OptionValueError: there is none, or `name` is not a string.
+        """
+        distribution, plain = self._parts(name)
+        registered = plain in self._registered and distribution in ("", IN_PROCESS)
+        if not registered and not self._named(distribution, plain):
+            raise self._unknown(name)
+
+    def all(self) -> list[P]:
+        """Return every plugin, usable or not, sorted by name.
+
+        Installed ones appear once for each distribution that provides them, and those registered in this process in
+        place of installed ones of the same name.
+        """
+        installed = [plugin for plugin in self._installed() if plugin.name not in self._registered]
+        usable = [plugin for plugin in installed if not self._blocked(plugin)]
+        found = [self._in_process(spec) for spec in list(self._registered.values())]
+        for plugin in installed:
+            rivals = [other.distribution for other in usable if other.name == plugin.name]
+            several = plugin in usable and len(rivals) > 1
+            found.append(
+                self._found(plugin, partial(self.kind.errors.duplicate, plugin.name, rivals) if several else None)
+            )
+        return sorted(found, key=lambda one: (one.name, one.distribution))
+
+    # -------------------------------------------------------------------------------------------- in this process
+
+    def check_all(self, specs: list[S], *, replace: bool) -> None:
+        """Refuse declarations that `add` must not make known.
+
+        Raises:
+            PluginSpecError, IncompatiblePluginError: a declaration cannot work.
+            PluginExistsError: a name is taken and `replace` is false.
+        """
+        taken = {plugin.name: plugin.distribution for plugin in self._installed()}
+        taken |= dict.fromkeys(self._registered, "this process")
+        for position, spec in enumerate(specs):
+            self.check(spec, declared_before=specs[:position])
+            if spec.name in taken and not replace:
+                raise self.kind.errors.exists(spec.name, taken[spec.name])
+
+    def add(self, specs: list[S]) -> None:
+        """Make plugins known in this process that have been checked."""
+        self._registered.update({spec.name: spec for spec in specs})
+
+    def check(self, spec: S, declared_before: list[S] | None = None) -> None:
+        """Refuse a declaration that cannot work.
+
+        Raises:
+            PluginSpecError, IncompatiblePluginError: it cannot.
+        """
         if is_foreign(spec):
-            raise IncompatibleBackendError(spec.name, "this process", "", spec.api_version, API_VERSION)
-        problems = spec_problems(spec)
-        if not problems and spec.name in [other.name for other in specs[:position]]:
+            raise self.kind.errors.incompatible(spec.name, "this process", "", spec.api_version, API_VERSION)
+        problems = self.kind.problems(spec)
+        if not problems and spec.name in [other.name for other in declared_before or []]:
             problems = ["it is declared twice"]
         if problems:
-            raise BackendSpecError(f"backend {spec.name!r}", problems)
-        if spec.name in taken and not replace:
-            raise BackendExistsError(spec.name, taken[spec.name])
-    _registered.update({spec.name: spec for spec in specs})
+            raise self.kind.errors.spec(f"{self.kind.name} {spec.name!r}", problems)
 
+    def declared(self, plugin: object) -> list[S]:
+        """Return what the hook of a module or object declares, one at least.
 
-def unregister(name: str) -> None:
-    """Forget a backend that was registered in this process; an installed one of that name comes back.
+        Raises:
+            PluginSpecError: it has no such hook, or one that declares nothing.
+        """
+        subject = f"{type(plugin).__name__} object"
+        try:
+            specs = declared(plugin, self.kind)
+        except DeclarationError as error:
+            raise self.kind.errors.spec(subject, [str(error)]) from error
+        if not specs:
+            raise self.kind.errors.spec(subject, [f"it declares no {self.kind.name}"])
+        return specs
 
-    Caches that use it keep working.
+    def unregister(self, name: str) -> None:
+        """Forget a plugin that was registered in this process.
 
-    Args:
-        name: its name, in any case.
+        Raises:
+            PluginNotRegisteredError: it was not.
+        """
+        distribution, plain = self._parts(name)
+        if distribution not in ("", IN_PROCESS) or self._registered.pop(plain, None) is None:
+            raise self.kind.errors.not_registered(name, sorted(self._registered))
 
-    Raises:
-        BackendNotRegisteredError: it was not registered.
-    """
-    if _registered.pop(_key(name).removeprefix(f"{IN_PROCESS}:"), None) is None:
-        raise BackendNotRegisteredError(name, sorted(_registered))
+    def usable(self, spec: S) -> P:
+        """Return what users would get of a declaration that need not be registered.
 
+        Raises:
+            PluginSpecError, IncompatiblePluginError, UnavailablePluginError: it cannot work, or not here.
+        """
+        self.check(spec)
+        found = self._in_process(spec)
+        found.require()
+        return found
 
-def refresh() -> None:
-    """Look for installed backends anew, for instance after an installation; registered ones stay."""
-    _installed.cache_clear()
-    _load.cache_clear()
+    def refresh(self) -> None:
+        """Look for installed plugins anew; registered ones stay."""
+        self._installed.cache_clear()
+        self._load.cache_clear()
 
+    # -------------------------------------------------------------------------------------------- one plugin
 
-def _key(name: str) -> str:
-    if not isinstance(name, str):
-        raise OptionValueError("backend", name, "the name of a backend")
-    return name.strip().lower()
+    def _parts(self, name: str) -> tuple[str, str]:
+        """Return distribution and name, both in lower case."""
+        if not isinstance(name, str):
+            raise OptionValueError(self.kind.name, name, f"the name of a {self.kind.name}")
+        distribution, _, plain = name.strip().lower().rpartition(":")
+        return distribution, plain
 
+    def _named(self, distribution: str, plain: str) -> list[InstalledPlugin]:
+        named = [plugin for plugin in self._installed() if plugin.name == plain]
+        if not distribution:
+            return named
+        wanted = normalise_distribution(distribution)
+        return [plugin for plugin in named if normalise_distribution(plugin.distribution) == wanted]
 
-def _declared(backend: object) -> list[BackendSpec]:
-    subject = f"{type(backend).__name__} object"
-    try:
-        specs = declared(backend)
-    except DeclarationError as error:
-        raise BackendSpecError(subject, [str(error)]) from error
-    if not specs:
-        raise BackendSpecError(subject, ["it declares no backend"])
-    return specs
+    def _found(self, plugin: InstalledPlugin, duplicate: Problem | None = None) -> P:
+        origin = (plugin.name, plugin.distribution, plugin.version)
+        problem = self._blocked(plugin)
+        if problem:
+            return self._make(*origin, Availability.of(problem), None, problem)
+        loaded = self._load(plugin)
+        if not isinstance(loaded, self.kind.spec):
+            problem = duplicate or cast("Problem", loaded)
+            return self._make(*origin, Availability.of(problem), None, problem)
+        problem = duplicate or self.kind.unmet(loaded, plugin.distribution)
+        return self._make(*origin, Availability.of(problem), loaded, problem)
 
+    def _in_process(self, spec: S) -> P:
+        problem = self.kind.unmet(spec, IN_PROCESS)
+        return self._make(spec.name, IN_PROCESS, "", Availability.of(problem), spec, problem)
 
-# ------------------------------------------------------------------------------------------------ one backend
+    def _unknown(self, name: str) -> Exception:
+        usable = [plugin for plugin in self._installed() if not self._blocked(plugin)]
+        names = sorted({plugin.name for plugin in usable} | set(self._registered))
+        key, alike = name.strip().lower(), names
+        if ":" in key:
+            alike = names + [f"{plugin.distribution}:{plugin.name}".lower() for plugin in usable]
+        suggestions = self.kind.hints.suggest(key, alike)
+        command = self.kind.hints.install_command([key, *suggestions], alike)
+        return self.kind.errors.unknown(name, names, suggestions, command)
 
+    # -------------------------------------------------------------------------------------------- the environment
 
-def _backend(plugin: InstalledPlugin, duplicate: Problem | None = None) -> Backend:
-    origin = (plugin.name, plugin.distribution, plugin.version)
-    problem: Problem | None = _blocked(plugin)
-    if problem:
-        return Backend(*origin, _availability(problem), None, problem)
-    loaded = _load(plugin)
-    spec = loaded if isinstance(loaded, BackendSpec) else None
-    if isinstance(loaded, BackendSpec):
-        problem = duplicate or missing_requirements(loaded, plugin.distribution)
-    else:
-        problem = duplicate or loaded
-    return Backend(*origin, _availability(problem), spec, problem)
-
-
-def _registered_backend(spec: BackendSpec) -> Backend:
-    problem = missing_requirements(spec, IN_PROCESS)
-    return Backend(spec.name, IN_PROCESS, "", _availability(problem), spec, problem)
-
-
-def _availability(problem: Problem | None) -> Availability:
-    if problem is None:
-        return Availability("ok")
-    error = problem()
-    return Availability(_STATUS[type(error)], error.reason, error.hint)
-
-
-def _unknown(name: str, key: str) -> UnknownBackendError:
-    usable = [plugin for plugin in _installed() if not _blocked(plugin)]
-    names = sorted({plugin.name for plugin in usable} | set(_registered))
-    alike = names
-    if ":" in key:
-        alike = names + [f"{plugin.distribution}:{plugin.name}".lower() for plugin in usable]
-    suggestions = suggest(key, alike)
-    return UnknownBackendError(name, names, suggestions, install_command([key, *suggestions], alike))
-
-
-# ------------------------------------------------------------------------------------------------ the environment
-
-
-def _blocked(plugin: InstalledPlugin) -> Problem | None:
-    """Return what the environment has against `plugin`; asked anew each time, as the environment may change."""
-    for variable, names_block in ((BLOCK_VARIABLE, True), (ALLOW_VARIABLE, False)):
-        value = os.environ.get(variable, "")
-        named = {_environment_name(item) for item in value.split(",") if item.strip()}
-        is_named = not named.isdisjoint((plugin.name, _environment_name(f"{plugin.distribution}:{plugin.name}")))
-        if named and is_named == names_block:
-            return partial(BlockedBackendError, plugin.name, variable, value, listed=names_block)
-    return None
+    def _blocked(self, plugin: InstalledPlugin) -> Problem | None:
+        """Return what the environment has against `plugin`; asked anew each time, as the environment may change."""
+        for variable, names_block in ((self.kind.block_variable, True), (self.kind.allow_variable, False)):
+            value = os.environ.get(variable, "")
+            named = {_environment_name(item) for item in value.split(",") if item.strip()}
+            is_named = not named.isdisjoint((plugin.name, _environment_name(f"{plugin.distribution}:{plugin.name}")))
+            if named and is_named == names_block:
+                return partial(self.kind.errors.blocked, plugin.name, variable, value, listed=names_block)
+        return None
 
 
 def _environment_name(item: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a backend's declaration makes sense: the same for plugins and for backends registered in-process."""
+"""Whether a declaration makes sense: the same for plugins and for what is registered in-process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from kvquant.errors import listing
 from kvquant.plugin.capabilities import AXES, FORMATS, Capabilities
 from kvquant.plugin.spec import BackendSpec, Requirement
+from kvquant.plugin.transform import TransformSpec
 
 NBITS = (1, 2, 3, 4, 8)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -19,31 +20,38 @@ _NAME_RULE = "lower-case letters, digits and single '-', '_' or '.' between them
 
 
 def spec_problems(spec: BackendSpec) -> list[str]:
-    """Return one sentence for each thing that is wrong with `spec`.
+    """Return one sentence for each thing that is wrong with a backend's declaration.
 
     Plugins are written without a type checker, too, so every field is read as if its annotation were not there.
     """
-    return _spec_problems(spec)
+    problems = _common_problems(spec, ("install_hint", "summary", "url"))
+    return problems + _requirement_problems(spec.requires) + _capabilities_problems(spec.capabilities)
 
 
-def _spec_problems(spec: Any) -> list[str]:
+def transform_problems(spec: TransformSpec) -> list[str]:
+    """Return one sentence for each thing that is wrong with a transform's declaration."""
+    return _common_problems(spec, ("summary", "url"))
+
+
+def _common_problems(spec: Any, texts: tuple[str, ...]) -> list[str]:
     problems = []
     if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name):
         problems.append(f"name={spec.name!r} must be {_NAME_RULE}")
     if not callable(spec.factory) and not (isinstance(spec.factory, str) and _FACTORY.fullmatch(spec.factory)):
         problems.append(f"factory={spec.factory!r} must be 'module:Class' or a callable")
-    for field in ("install_hint", "summary", "url"):
+    for field in texts:
         value = getattr(spec, field)
         if not isinstance(value, str):
             problems.append(f"{field}={value!r} must be a string")
     if type(spec.api_version) is not int:
         problems.append(f"api_version={spec.api_version!r} must be an integer")
-    problems += _requirement_problems(spec.requires)
-    if isinstance(spec.capabilities, Capabilities):
-        problems += [f"capabilities.{problem}" for problem in _capability_problems(spec.capabilities)]
-    else:
-        problems.append(f"capabilities={spec.capabilities!r} must be a Capabilities")
     return problems
+
+
+def _capabilities_problems(capabilities: Any) -> list[str]:
+    if isinstance(capabilities, Capabilities):
+        return [f"capabilities.{problem}" for problem in _capability_problems(capabilities)]
+    return [f"capabilities={capabilities!r} must be a Capabilities"]
 
 
 def _requirement_problems(requires: Any) -> list[str]:

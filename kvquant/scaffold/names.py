@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from kvquant.errors import PluginNameError, PluginNameTakenError
+from kvquant.plugin.hookspecs import BACKEND_GROUP
 from kvquant.registry.discovery import InstalledPlugin, installed_plugins, normalise_distribution
 
 PREFIX = "kvquant-plugin-"
@@ -75,7 +76,7 @@ def _problem(name: str) -> str:
 
 def _owner(name: str) -> InstalledPlugin | None:
     """Return who has the name, as a backend's or as a distribution's: each would hide the other."""
-    for plugin in installed_plugins():
+    for plugin in installed_plugins(BACKEND_GROUP):
         if plugin.name == name or normalise_distribution(plugin.distribution) == PREFIX + name:
             return plugin
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvquant._version import __version__
 from kvquant.errors import OptionValueError, ProjectFolderError
-from kvquant.plugin.hookspecs import API_VERSION, ENTRY_POINT_GROUP
+from kvquant.plugin.hookspecs import API_VERSION, BACKEND_GROUP
 from kvquant.scaffold.names import Names, names_for
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -70,7 +70,7 @@ def _files(names: Names, format_: str, author: str) -> dict[str, str]:
         "package": names.package,
         "quantizer": names.quantizer,
         "format": format_,
-        "group": ENTRY_POINT_GROUP,
+        "group": BACKEND_GROUP,
         "api_version": str(API_VERSION),
         "kvquant_version": __version__,
         **_author(author, names),

@@ -1,4 +1,4 @@
-"""The conformance kit: what a backend owes the core, checked on the backend itself.
+"""The conformance kit: what a backend or a transform owes the core, checked on the plugin itself.
 
 On the command line, for a backend that is installed::
 
@@ -14,6 +14,8 @@ In the plugin's own tests::
         check()
 
 And anywhere else, also for a `BackendSpec` that is not installed: ``check_backend(spec).raise_for_failures()``.
+
+The same for a transform: ``--kvquant-transform``, `parametrize_transform_checks` and `check_transform`.
 """
 
 from __future__ import annotations
@@ -21,18 +23,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvquant.testing.outcomes import CheckFailed, Outcome, Report
-    from kvquant.testing.pytest_support import parametrize_checks
+    from kvquant.testing.outcomes import CheckFailed, Outcome, Report, TransformReport
+    from kvquant.testing.pytest_support import parametrize_checks, parametrize_transform_checks
     from kvquant.testing.runner import check_backend
+    from kvquant.testing.transforms.runner import check_transform
 
-__all__ = ["CheckFailed", "Outcome", "Report", "check_backend", "parametrize_checks"]
+__all__ = [
+    "CheckFailed",
+    "Outcome",
+    "Report",
+    "TransformReport",
+    "check_backend",
+    "check_transform",
+    "parametrize_checks",
+    "parametrize_transform_checks",
+]
 
 _HOMES = {
     "CheckFailed": "kvquant.testing.outcomes",
     "Outcome": "kvquant.testing.outcomes",
     "Report": "kvquant.testing.outcomes",
+    "TransformReport": "kvquant.testing.outcomes",
     "check_backend": "kvquant.testing.runner",
+    "check_transform": "kvquant.testing.transforms.runner",
     "parametrize_checks": "kvquant.testing.pytest_support",
+    "parametrize_transform_checks": "kvquant.testing.pytest_support",
 }
 
 

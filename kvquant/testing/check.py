@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from kvquant.errors import KVQuantError
+from kvquant.errors import KVQuantError, UnknownOptionError
 from kvquant.registry.guard import describe
 from kvquant.testing.outcomes import CheckFailed, NotApplicable, Outcome, Status
-from kvquant.testing.subject import Case, Subject
+from kvquant.testing.subject import Case
 from kvquant.testing.surroundings import same_chances
 
-#: How often a check runs; see `Subject.cases`. Once where it is the backend.
-Per = Literal["combination", "size", "width", "dtype", "usual", "backend"]
+#: How often a check runs; see `Subject.cases` and `TransformSubject.cases`. Once where it is the plugin itself.
+Per = Literal["combination", "size", "width", "dtype", "usual", "backend", "transform"]
+
+
+class Tried(Protocol):
+    """What checks run on: a plugin, and the cases in which it is tried."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices that it can be tried on here."""
+        ...  # an interface
+
+    def cases(self, per: str) -> Sequence[Any]:
+        """Return the cases to try."""
+        ...  # an interface
+
+    def leave_out(self, cases: Iterable[Any]) -> None:
+        """Leave these cases out from now on."""
+        ...  # an interface
 
 
 @dataclass(frozen=True)
 class Check:
-    """One demand on a backend.
+    """One demand on a plugin.
 
     Attributes:
         name: short, for tables and for picking it.
         title: the demand in one line.
-        per: what it runs for; `run` takes a `Case`, or the `Subject` where that is the backend.
+        per: what it runs for; `run` takes a case, or the subject where that is the plugin itself.
         basic: whether a combination that fails here is left out of all later checks, which could only fail over the
             same thing again.
-        run: raises `CheckFailed`, or anything else, if the backend does not meet it, and `NotApplicable` if there is
+        run: raises `CheckFailed`, or anything else, if the plugin does not meet it, and `NotApplicable` if there is
             nothing to look at; what it returns, if anything, says what was left out.
     """
 
@@ -43,14 +60,14 @@ class Check:
     def __str__(self) -> str:
         return self.name
 
-    def __call__(self, subject: Subject) -> Outcome:
+    def __call__(self, subject: Tried) -> Outcome:
         """Run the check for all of its cases and return what came of it."""
         start = time.perf_counter()
-        cases: Sequence[Case | None] = [None] if self.per == "backend" else subject.cases(self.per)
+        cases = [None] if self.per in ("backend", "transform") else subject.cases(self.per)
         if not cases:
             why = "every combination failed an earlier check" if subject.devices else "no declared device is here"
             return Outcome(self.name, self.title, "not applicable", why, 0, 0.0)
-        failures: list[tuple[Case | None, str]] = []
+        failures: list[tuple[object, str]] = []
         beside: list[str] = []
         apply = 0
         for case in cases:
@@ -75,9 +92,7 @@ class Check:
         return Outcome(self.name, self.title, status, reason, len(cases), round(time.perf_counter() - start, 3))
 
 
-def _verdict(
-    failures: list[tuple[Case | None, str]], beside: list[str], cases: int, *, applies: bool
-) -> tuple[Status, str]:
+def _verdict(failures: list[tuple[object, str]], beside: list[str], cases: int, *, applies: bool) -> tuple[Status, str]:
     if failures:
         case, reason = failures[0]
         shown = reason if case is None else f"{case}: {reason}"
@@ -95,6 +110,35 @@ def check(name: str, per: Per, *, basic: bool = False) -> Callable[[Callable[[An
         return Check(name, title, per, basic, function)
 
     return make
+
+
+def picked(every: Sequence[Check], names: str | Iterable[str] | None) -> list[str]:
+    """Return the names of the checks to run; None picks all.
+
+    Raises:
+        UnknownOptionError: no check has such a name.
+    """
+    known = [check.name for check in every]
+    wanted = known if names is None else [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if name not in known:
+            raise UnknownOptionError("check", name, known)
+    return wanted
+
+
+def run_checks(
+    every: Sequence[Check], wanted: Sequence[str], subject: Tried, progress: Callable[[str], None] | None
+) -> tuple[Outcome, ...]:
+    """Run the wanted checks, and unreported the basic ones among the others; `progress` is called before each."""
+    outcomes: list[Outcome] = []
+    for check in every:
+        if progress:
+            progress(check.name)
+        if check.name in wanted:
+            outcomes.append(check(subject))
+        elif check.basic:
+            check(subject)
+    return tuple(outcomes)
 
 
 def require(truth: object, reason: str) -> None:

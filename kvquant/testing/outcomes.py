@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ Status = Literal["passed", "failed", "not applicable"]
 
 
 class CheckFailed(AssertionError):  # noqa: N818 # reads as the sentence that it is, as pytest's do
-    """A backend does not do what a check demands; the text says what it did instead."""
+    """A plugin does not do what a check demands; the text says what it did instead."""
 
 
 class NotApplicable(Exception):  # noqa: N818 # no error: a check has nothing to look at
@@ -39,23 +40,19 @@ class Outcome:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Report:
-    """What came of all checks of one backend.
+class _Outcomes(ABC):
+    """What reports of both kinds tell from their outcomes."""
 
-    Attributes:
-        backend, distribution, version: what was checked.
-        options: the backend's options that it was checked with.
-        nbits: the widths that it was checked at.
-        outcomes: one for each check, in order.
-    """
-
-    backend: str
-    distribution: str
-    version: str
-    options: Mapping[str, Any]
-    nbits: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
+
+    @property
+    @abstractmethod
+    def subject(self) -> str:
+        """What was checked, e.g. ``"backend 'foo'"``."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report in plain builtins."""
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
@@ -75,7 +72,31 @@ class Report:
         """
         if not self.ok:
             lines = [f"{outcome.check}: {outcome.reason}" for outcome in self.failures]
-            raise CheckFailed(f"backend {self.backend!r} fails {len(lines)} checks:\n" + "\n".join(lines))
+            raise CheckFailed(f"{self.subject} fails {len(lines)} checks:\n" + "\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Report(_Outcomes):
+    """What came of all checks of one backend.
+
+    Attributes:
+        backend, distribution, version: what was checked.
+        options: the backend's options that it was checked with.
+        nbits: the widths that it was checked at.
+        outcomes: one for each check, in order.
+    """
+
+    backend: str
+    distribution: str
+    version: str
+    options: Mapping[str, Any]
+    nbits: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def subject(self) -> str:
+        """What was checked."""
+        return f"backend {self.backend!r}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain builtins, as ``kvquant check-plugin --json`` prints it."""
@@ -85,6 +106,39 @@ class Report:
             "version": self.version or None,
             "options": dict(self.options),
             "nbits": list(self.nbits),
+            "ok": self.ok,
+            "checks": [asdict(outcome) for outcome in self.outcomes],
+        }
+
+
+@dataclass(frozen=True)
+class TransformReport(_Outcomes):
+    """What came of all checks of one transform.
+
+    Attributes:
+        transform, distribution, version: what was checked.
+        head_dims: the sizes of heads that it was checked with; others that were tried it refuses.
+        outcomes: one for each check, in order.
+    """
+
+    transform: str
+    distribution: str
+    version: str
+    head_dims: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def subject(self) -> str:
+        """What was checked."""
+        return f"transform {self.transform!r}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report in plain builtins, as ``kvquant check-plugin --json`` prints it."""
+        return {
+            "transform": self.transform,
+            "distribution": self.distribution,
+            "version": self.version or None,
+            "head_dims": list(self.head_dims),
             "ok": self.ok,
             "checks": [asdict(outcome) for outcome in self.outcomes],
         }

@@ -1,4 +1,4 @@
-"""A fresh process that looks at one backend: ``python -m kvquant.testing.probe ANSWER``, with a task in JSON as input.
+"""A fresh process that looks at one plugin: ``python -m kvquant.testing.probe ANSWER``, with a task in JSON as input.
 
 What it finds goes to the file ANSWER, in JSON, so that all of its output is the plugin's. Importing this module imports
 no torch.
@@ -13,17 +13,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvquant import registry
 from kvquant.errors import BackendUnavailableError
+from kvquant.registry import Backend, TransformPlugin
 from kvquant.registry.discovery import normalise_distribution
 from kvquant.registry.guard import describe
 from kvquant.testing.outcomes import CheckFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TIMEOUT = 300
 
@@ -77,10 +81,13 @@ def own_path() -> list[str]:
 # ------------------------------------------------------------------------------------------------ in that process
 
 
-def listing(name: str) -> dict[str, Any]:
-    """Look the backend up as ``kvquant list-backends`` does; return what that imported."""
+def listing(name: str, kind: str = "backend") -> dict[str, Any]:
+    """Look a plugin up as ``kvquant list-backends`` or ``list-transforms`` does; return what that imported."""
     before = set(sys.modules)
-    status = registry.find_backend(name).availability.status
+    find: Callable[[str], Backend | TransformPlugin] = registry.find_backend
+    if kind == "transform":
+        find = registry.find_transform
+    status = find(name).availability.status
     imported = {module.partition(".")[0] for module in set(sys.modules) - before}
     return {"imported": sorted(imported), "status": status}
 
@@ -111,10 +118,35 @@ def create(name: str, hidden: Sequence[str], scheme: dict[str, Any], *, dtype: s
         problem = getattr(error, "problem", describe(error))
         return found | {"error": problem, "explained": isinstance(error, BackendUnavailableError)}
     tensors = dict(result.tensors) if isinstance(result, Opaque) else {"codes": result.codes, "scale": result.scale}
-    digest = hashlib.sha256()
+    return found | {"digest": digest(tensors)}
+
+
+def transform(name: str, head_dim: int, device: str) -> dict[str, Any]:
+    """Apply a transform to a few rows, after other random numbers have been drawn.
+
+    Returns:
+        ``error``: in words; ``digest``: of the result.
+    """
+    import torch
+
+    from kvquant.testing import data
+
+    torch.seed()
+    try:
+        result = registry.get_transform(name).create(head_dim).apply(data.gaussian(16, head_dim).float().to(device))
+    except BaseException as error:  # noqa: BLE001 # whatever it is, it is what was to be found out
+        return {"error": getattr(error, "problem", describe(error)), "digest": ""}
+    return {"error": "", "digest": digest({"states": result})}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of every bit of some tensors."""
+    import torch
+
+    seen = hashlib.sha256()
     for part in sorted(tensors):
-        digest.update(part.encode() + bytes(tensors[part].cpu().contiguous().view(torch.uint8).flatten().tolist()))
-    return found | {"digest": digest.hexdigest()}
+        seen.update(part.encode() + bytes(tensors[part].cpu().contiguous().view(torch.uint8).flatten().tolist()))
+    return seen.hexdigest()
 
 
 def missing(name: str, distributions: Sequence[str]) -> dict[str, Any]:
@@ -169,7 +201,12 @@ class _Hider:
 
 if __name__ == "__main__":
     _arguments = json.loads(sys.stdin.read())
-    _tasks: dict[str, Callable[..., dict[str, Any]]] = {"listing": listing, "create": create, "missing": missing}
+    _tasks: dict[str, Callable[..., dict[str, Any]]] = {
+        "listing": listing,
+        "create": create,
+        "missing": missing,
+        "transform": transform,
+    }
     Path(sys.argv[1]).write_text(json.dumps(_tasks[_arguments.pop("task")](**_arguments)))
     sys.stdout.flush()
     os._exit(0)  # whatever a plugin left running

@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options; see ``pytest --help``."""
     group = parser.getgroup("kvquant", "kvquant's conformance suite: pytest --pyargs kvquant.testing")
     group.addoption("--kvquant-backend", metavar="NAME", help="the backend to check")
+    group.addoption("--kvquant-transform", metavar="NAME", help="the transform to check")
     group.addoption(
         "--kvquant-nbits", metavar="N[,N...]", help="widths to check; without it, all that the backend declares"
     )

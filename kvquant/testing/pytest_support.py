@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 
-from kvquant.testing.check import Check
+from kvquant.testing.check import Check, Tried
 from kvquant.testing.checks import CHECKS
 from kvquant.testing.outcomes import CheckFailed
 from kvquant.testing.runner import make_subject
 from kvquant.testing.subject import Subject
+from kvquant.testing.transforms import checks as transforms
+from kvquant.testing.transforms.runner import make_transform_subject
+from kvquant.testing.transforms.subject import TransformSubject
 
 
 class BoundCheck:
-    """One check of one backend; call it to run it."""
+    """One check of one plugin; call it to run it."""
 
-    def __init__(self, check: Check, subject: Callable[[], Subject]) -> None:
-        """Bind `check` to the backend that `subject` finds, which is looked up when the check runs."""
+    def __init__(self, check: Check, subject: Callable[[], Tried]) -> None:
+        """Bind `check` to the plugin that `subject` finds, which is looked up when the check runs."""
         self._check, self._subject = check, subject
 
     def __str__(self) -> str:
@@ -29,9 +32,9 @@ class BoundCheck:
         """Run the check.
 
         Raises:
-            CheckFailed: the backend does not meet it.
+            CheckFailed: the plugin does not meet it.
             pytest.skip.Exception: the check does not apply.
-            UnknownBackendError, BackendUnavailableError: the backend cannot be had. That is no reason to skip.
+            BackendError, TransformError: the plugin cannot be had. That is no reason to skip.
         """
         outcome = self._check(self._subject())
         if outcome.status == "failed":
@@ -69,3 +72,22 @@ def bound_checks(
         return make_subject(backend, nbits=widths, options=options)
 
     return [BoundCheck(check, subject) for check in CHECKS]
+
+
+def parametrize_transform_checks(transform: str) -> pytest.MarkDecorator:
+    """Run a test once for each check of a transform; the test takes `check` and calls it, as for a backend.
+
+    Args:
+        transform: the transform's name; it is looked up when a check runs.
+    """
+    return pytest.mark.parametrize("check", bound_transform_checks(transform), ids=str)
+
+
+def bound_transform_checks(transform: str) -> list[BoundCheck]:
+    """Return every check of a transform, ready to be called."""
+
+    @cache
+    def subject() -> TransformSubject:
+        return make_transform_subject(transform)
+
+    return [BoundCheck(check, subject) for check in transforms.CHECKS]

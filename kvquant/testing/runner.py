@@ -6,23 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvquant import registry
-from kvquant.errors import (
-    BackendSpecError,
-    IncompatibleBackendError,
-    OptionValueError,
-    UnknownOptionError,
-    UnsupportedError,
-    listing,
-)
-from kvquant.plugin.hookspecs import API_VERSION
+from kvquant.errors import OptionValueError, UnsupportedError, listing
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry import Backend
-from kvquant.registry.availability import Availability, missing_requirements
-from kvquant.registry.backend import IN_PROCESS
-from kvquant.registry.loader import is_foreign
-from kvquant.registry.validation import spec_problems
+from kvquant.registry.public import BACKENDS
+from kvquant.testing.check import picked, run_checks
 from kvquant.testing.checks import CHECKS
-from kvquant.testing.outcomes import Outcome, Report
+from kvquant.testing.outcomes import Report
 from kvquant.testing.subject import Subject
 
 
@@ -53,22 +43,11 @@ def check_backend(
         OptionValueError, UnsupportedError: `nbits` or `options` are not declared.
         UnknownOptionError: there is no check of a name in `checks`.
     """
-    known = [check.name for check in CHECKS]
-    wanted = known if checks is None else [checks] if isinstance(checks, str) else list(checks)
-    for name in wanted:
-        if name not in known:
-            raise UnknownOptionError("check", name, known)
+    wanted = picked(CHECKS, checks)
     subject = make_subject(backend, nbits=nbits, options=options)
-    outcomes: list[Outcome] = []
-    for check in CHECKS:
-        if progress:
-            progress(check.name)
-        if check.name in wanted:
-            outcomes.append(check(subject))
-        elif check.basic:
-            check(subject)
+    outcomes = run_checks(CHECKS, wanted, subject, progress)
     found = subject.backend
-    return Report(found.name, found.distribution, found.version, subject.options, subject.nbits, tuple(outcomes))
+    return Report(found.name, found.distribution, found.version, subject.options, subject.nbits, outcomes)
 
 
 def make_subject(
@@ -95,14 +74,4 @@ def make_subject(
 def _found(backend: str | Backend | BackendSpec) -> Backend:
     if isinstance(backend, Backend):
         return backend
-    if isinstance(backend, BackendSpec):
-        if is_foreign(backend):
-            raise IncompatibleBackendError(backend.name, IN_PROCESS, "", backend.api_version, API_VERSION)
-        problems = spec_problems(backend)
-        if problems:
-            raise BackendSpecError(f"backend {backend.name!r}", problems)
-        missing = missing_requirements(backend, IN_PROCESS)
-        if missing:
-            raise missing()
-        return Backend(backend.name, IN_PROCESS, "", Availability("ok"), backend)
-    return registry.get_backend(backend)
+    return BACKENDS.usable(backend) if isinstance(backend, BackendSpec) else registry.get_backend(backend)

@@ -16,8 +16,8 @@ from kvquant.engine.border import Border
 from kvquant.engine.trellis import Taps, level_indices
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Axis, Scheme
-from kvquant.registry import Backend
-from kvquant.registry.backend import IN_PROCESS
+from kvquant.registry import Backend, TransformPlugin
+from kvquant.registry.found import IN_PROCESS
 
 #: Group sizes tried where a backend takes any: small and odd, the usual ones, and what fits heads of 80, 96 and 112.
 _ANY_SIZE = (7, 32, 40, 48, 56, 64, 80, 96, 112, 128, 256)
@@ -204,21 +204,23 @@ class Subject:
 
 
 @contextmanager
-def known_name(backend: Backend) -> Iterator[str]:
-    """Yield the name by which a cache finds the backend, registering one that is but a declaration for that time."""
-    if backend.distribution != IN_PROCESS or backend.spec is None:
-        yield backend.qualified_name
+def known_name(found: Backend | TransformPlugin) -> Iterator[str]:
+    """Yield the name by which a cache finds a plugin, registering one that is but a declaration for that time."""
+    if found.distribution != IN_PROCESS or found.spec is None:
+        yield found.qualified_name
         return
-    known = {other.name: other.spec for other in registry.list_backends() if other.distribution == IN_PROCESS}
-    before = known.get(backend.name)
-    if before is backend.spec:
-        yield backend.qualified_name
+    is_backend = isinstance(found, Backend)
+    every: Iterable[Backend | TransformPlugin] = registry.list_backends() if is_backend else registry.list_transforms()
+    known = {other.name: other.spec for other in every if other.distribution == IN_PROCESS}
+    before = known.get(found.name)
+    if before is found.spec:
+        yield found.qualified_name
         return
-    registry.register(backend.spec, replace=True)
+    registry.register(found.spec, replace=True)
     try:
-        yield backend.qualified_name
+        yield found.qualified_name
     finally:
-        registry.unregister(backend.name)
+        registry.unregister(found.name, kind="backend" if is_backend else "transform")
         if before is not None:
             registry.register(before, replace=True)
 

@@ -1,4 +1,4 @@
-"""The conformance suite: ``pytest --pyargs kvquant.testing --kvquant-backend NAME``."""
+"""The conformance suite: ``pytest --pyargs kvquant.testing --kvquant-backend NAME``, or --kvquant-transform."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import pytest
 
 from kvquant.engine.typed import parse_options, parse_widths
 from kvquant.errors import KVQuantError
-from kvquant.testing.pytest_support import BoundCheck, bound_checks
+from kvquant.testing.pytest_support import BoundCheck, bound_checks, bound_transform_checks
 from kvquant.testing.runner import make_subject
+from kvquant.testing.transforms.runner import make_transform_subject
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of each check, for the backend that the command line names."""
+    """Make one test of each check, for the backend or the transform that the command line names."""
     given = metafunc.config.getoption
-    backend = given("--kvquant-backend")
-    if not backend:
-        raise pytest.UsageError("which backend? Add --kvquant-backend NAME; 'kvquant list-backends' shows them.")
+    backend, transform = given("--kvquant-backend"), given("--kvquant-transform")
+    if bool(backend) == bool(transform):
+        raise pytest.UsageError(
+            "which plugin? Add --kvquant-backend NAME ('kvquant list-backends' shows them) or --kvquant-transform NAME "
+            "('kvquant list-transforms')."
+        )
     try:
-        widths, options = parse_widths(given("--kvquant-nbits")), parse_options(given("--kvquant-option"))
-        make_subject(backend, nbits=widths, options=options)  # so that a wrong name is one error, and not one a check
+        if transform:
+            make_transform_subject(transform)  # so that a wrong name is one error, and not one a check
+            checks = bound_transform_checks(transform)
+        else:
+            widths, options = parse_widths(given("--kvquant-nbits")), parse_options(given("--kvquant-option"))
+            make_subject(backend, nbits=widths, options=options)
+            checks = bound_checks(backend, nbits=widths, options=options)
     except KVQuantError as error:
         raise pytest.UsageError(str(error)) from None
-    checks = bound_checks(backend, nbits=widths, options=options)
     metafunc.parametrize("check", checks, ids=str)
 
 
 def test_conforms(check: BoundCheck) -> None:
-    """The backend meets one demand of the plugin contract."""
+    """The plugin meets one demand of the plugin contract."""
     check()

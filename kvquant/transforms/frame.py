@@ -1,4 +1,4 @@
-"""The frame in which a stream is quantised: smoothed first, then rotated; and what that does to attention."""
+"""The frame in which a stream is quantised: smoothed first, then mapped by a transform; and what that does to attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvquant.transforms.rotations import Rotation
+from kvquant.transforms.heads import HeadTransform
 from kvquant.transforms.smoothing import Smoothing
 
 
@@ -16,20 +16,20 @@ class Frame:
 
     Attributes:
         smoothing: the first step, None for none.
-        rotation: the second, None for none.
+        transform: the second, a rotation for instance; None for none.
     """
 
     smoothing: Smoothing | None = None
-    rotation: Rotation | None = None
+    transform: HeadTransform | None = None
 
     def enter(self, states: Tensor) -> Tensor:
         """Return states ``[batch, kv_heads, tokens, head_dim]`` as they are quantised."""
         smooth = states if self.smoothing is None else self.smoothing.apply(states)
-        return smooth if self.rotation is None else self.rotation.apply(smooth)
+        return smooth if self.transform is None else self.transform.apply(smooth)
 
     def leave(self, states: Tensor) -> Tensor:
         """Undo `enter`."""
-        smooth = states if self.rotation is None else self.rotation.undo(states)
+        smooth = states if self.transform is None else self.transform.undo(states)
         return smooth if self.smoothing is None else self.smoothing.undo(smooth)
 
     def query(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +47,7 @@ class Frame:
         if self.smoothing is not None:
             shift = (query * self.smoothing.center.to(query)).sum(-1)
             query = query * self.smoothing.spread.to(query)
-        return query if self.rotation is None else self.rotation.apply(query), shift
+        return query if self.transform is None else self.transform.apply_to_query(query), shift
 
     def mixture(self, mixed: Tensor, total: Tensor) -> Tensor:
         """Return a weighted sum of values that were summed as they are quantised.
@@ -56,7 +56,7 @@ class Frame:
             mixed: ``[batch, kv_heads, rows, head_dim]``.
             total: the sum of the weights, ``[batch, kv_heads, rows]``.
         """
-        smooth = mixed if self.rotation is None else self.rotation.undo(mixed)
+        smooth = mixed if self.transform is None else self.transform.undo(mixed)
         if self.smoothing is None:
             return smooth
         return smooth * self.smoothing.spread.to(mixed) + total.unsqueeze(-1) * self.smoothing.center.to(mixed)

@@ -59,6 +59,8 @@ def test_the_plugin_contract_exports_what_the_architecture_says_and_nothing_else
         "Quantizer",
         "QuantizedRows",
         "Opaque",
+        "Transform",
+        "TransformSpec",
     }
 
 

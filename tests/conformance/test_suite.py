@@ -56,11 +56,11 @@ def test_the_suite_fails_where_a_check_fails(tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in done.stdout
 
 
-def test_the_suite_asks_which_backend(tmp_path: Path) -> None:
+def test_the_suite_asks_which_plugin(tmp_path: Path) -> None:
     """In place of checking none."""
     done = pytest_in(tmp_path, "--pyargs", "kvquant.testing")
     assert done.returncode != 0
-    assert "which backend? Add --kvquant-backend NAME; 'kvquant list-backends' shows them." in done.stdout + done.stderr
+    assert "which plugin? Add --kvquant-backend NAME (" in done.stdout + done.stderr
 
 
 def test_a_plugin_s_own_tests_run_the_kit(tmp_path: Path) -> None:

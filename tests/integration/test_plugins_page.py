@@ -4,15 +4,19 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import kvquant
-from kvquant.plugin import API_VERSION, BackendSpec, Capabilities
+from kvquant.plugin import API_VERSION, BackendSpec, Capabilities, TransformSpec
+from kvquant.plugin.hookspecs import TRANSFORM_GROUP
 from kvquant.registry import IN_PROCESS
 from kvquant.scaffold import new_project
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
+
+TRANSFORM_MODULE = "kvquant_plugin_cosines/__init__.py"
 
 #: Commands that leave the machine, or that are there to do so.
 NOT_RUN = {"pip install hatchling twine", "twine check dist/*", "twine upload dist/*"}
@@ -45,19 +49,22 @@ def notebook():
     """What blocks define; backends that they register are gone afterwards."""
     before = _registered()
     yield {}
-    for name in _registered() - before:
-        kvquant.unregister(name)
+    for kind, name in _registered() - before:
+        kvquant.unregister(name, kind=kind)
 
 
 def _registered():
-    return {backend.name for backend in kvquant.list_backends() if backend.distribution == IN_PROCESS}
+    found = [("backend", one) for one in kvquant.list_backends()]
+    found += [("transform", one) for one in kvquant.list_transforms()]
+    return {(kind, one.name) for kind, one in found if one.distribution == IN_PROCESS}
 
 
 def test_every_block_is_of_a_kind_that_is_tested_here():
     """Python, in a file or not, commands, and metadata."""
     assert len(BLOCKS) == PAGE.read_text(encoding="utf-8").count("```") / 2
     kinds = {(block.language, block.file) for block in BLOCKS}
-    assert kinds == {("python", ""), ("python", "tests/test_conformance.py"), ("console", ""), ("toml", "")}
+    files = {("python", "tests/test_conformance.py"), ("python", TRANSFORM_MODULE)}
+    assert kinds == {("python", ""), ("console", ""), ("toml", "")} | files
 
 
 def test_the_python_blocks_run_in_order_and_print_what_they_say(notebook, capsys):
@@ -78,7 +85,7 @@ def test_the_commands_work_in_order_and_show_what_they_say(environment, tmp_path
     """Typed one after the other; files go where the page says."""
     steps = []
     for block in BLOCKS:
-        if block.file:
+        if block.file and block.file != TRANSFORM_MODULE:
             steps.append(f"test -f {block.file}\ncat > {block.file} <<'END'\n{block.text}END")
         elif block.language == "console":
             steps += re.findall(r"^\$ (.*)$", block.text, flags=re.MULTILINE)
@@ -98,8 +105,19 @@ def test_the_metadata_is_that_of_a_new_project(tmp_path):
     """As far as it is shown."""
     folder, *_ = new_project("foo", tmp_path)
     written = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-    (shown,) = (tomllib.loads(block.text) for block in BLOCKS if block.language == "toml")
+    shown, of_transform = (tomllib.loads(block.text) for block in BLOCKS if block.language == "toml")
     assert shown["project"]["entry-points"] == written["project"]["entry-points"]
+    assert of_transform["project"]["entry-points"] == {TRANSFORM_GROUP: {"cosines": "kvquant_plugin_cosines"}}
+
+
+def test_the_module_of_the_transform_declares_it():
+    """The one on the page, under the name of its entry point."""
+    (block,) = (block for block in BLOCKS if block.file == TRANSFORM_MODULE)
+    module = ModuleType("kvquant_plugin_cosines")
+    exec(compile(block.text, PAGE.name, "exec"), vars(module))  # noqa: S102  # our own page
+    kvquant.register(module)
+    assert kvquant.get_transform("cosines").spec.factory == "kvquant_plugin_cosines.transform:Cosines"
+    kvquant.unregister("cosines", kind="transform")
 
 
 def test_every_file_of_a_new_project_is_explained(tmp_path):
@@ -109,7 +127,7 @@ def test_every_file_of_a_new_project_is_explained(tmp_path):
     assert [path for path in files if f"`{path.relative_to(folder).as_posix()}`" not in text] == []
 
 
-@pytest.mark.parametrize("declaration", [Capabilities, BackendSpec])
+@pytest.mark.parametrize("declaration", [Capabilities, BackendSpec, TransformSpec])
 def test_every_field_of_a_declaration_has_a_row(declaration):
     """In the tables of capabilities and of the spec."""
     rows = "\n".join(re.findall(r"^\| (`.*?) \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))

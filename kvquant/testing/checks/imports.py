@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.plugin.spec import BackendSpec
-from kvquant.registry.backend import IN_PROCESS
 from kvquant.registry.discovery import normalise_distribution
+from kvquant.registry.found import IN_PROCESS
 from kvquant.testing.check import check, require
 from kvquant.testing.installed import dependencies, modules_beside, modules_of
 from kvquant.testing.outcomes import NotApplicable
@@ -14,7 +14,7 @@ from kvquant.testing.probe import probe
 from kvquant.testing.subject import Subject
 
 #: What no declaration needs, and what would make every answer of the command line slow.
-_HEAVY = frozenset(
+HEAVY = frozenset(
     "torch transformers numpy scipy pandas sklearn numba triton jax tensorflow accelerate datasets matplotlib".split()
 )
 
@@ -24,7 +24,7 @@ def listing(subject: Subject) -> None:
     """Listing the backend imports nothing heavy, no library of its own, and prints nothing."""
     spec = _installed_spec(subject)
     found = probe("listing", name=subject.backend.qualified_name)
-    heavy = sorted((_HEAVY | modules_of(_required(spec))) & set(found["imported"]))
+    heavy = sorted((HEAVY | modules_of(_required(spec))) & set(found["imported"]))
     require(not heavy, f"imports {', '.join(heavy)}; import inside functions instead")
     require(not found["printed"], f"prints {found['printed'].strip()[:200]!r}")
 

@@ -51,9 +51,8 @@ def filled(tokens, *, batch=1, heads=1, widths=(32, 32), dtype=torch.float32, me
 def exact(store):
     """What a store stands for, in float64 and without a rounding."""
     parts = [store.tile(0, store.sink_tokens).double()] if store.sink_tokens else []
-    rotation = store.body.encoder.rotation
-    read = store.body.read(0, len(store.body), torch.float64, framed=True)
-    parts += read if rotation is None else map(rotation.undo, read)
+    frame = store.body.frame
+    parts += map(frame.leave, store.body.read(0, len(store.body), torch.float64, framed=True))
     recent = store.sink_tokens + len(store.body)
     return torch.cat([*parts, store.tile(recent, len(store)).double()], dim=2)
 

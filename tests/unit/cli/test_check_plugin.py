@@ -65,3 +65,27 @@ def test_what_cannot_be_checked_is_refused(kvquant: Run, install: Callable[..., 
         assert result.exit_code == code
         assert said in result.stderr
         assert result.stdout == ""
+
+
+def test_a_transform_is_checked_by_its_name(kvquant: Run) -> None:
+    """In the same table; sizes that it refuses are said."""
+    result = kvquant("check-plugin", "hadamard", "--check", "sizes", "--check", "query")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("hadamard, from kvquant ")
+    assert lines[0].endswith(", for heads of 8, 32, 48, 64, 80, 96, 112, 128, 192, 256")
+    assert "refused: 1, 3, 15" in result.stdout
+    assert lines[-1] == "2 passed, 0 failed, 0 not applicable"
+
+
+def test_the_kind_can_be_said(kvquant: Run, install: Callable[..., None]) -> None:
+    """Where a backend has the same name; what only backends have is refused for a transform."""
+    install("good_transform")
+    result = kvquant("check-plugin", "reverse", "--kind", "transform", "--check", "input", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert (report["transform"], report["distribution"]) == ("reverse", "kvquant-good-transform")
+    assert [check["check"] for check in report["checks"]] == ["input"]
+    refused = kvquant("check-plugin", "hadamard", "--nbits", "4")
+    assert refused.exit_code == 2
+    assert "--nbits and --option are for backends" in refused.stderr

@@ -37,7 +37,9 @@ def test_a_scale_becomes_the_nearest_byte(scale: float) -> None:
     assert bool(fits)
 
 
-@given(nbits=st.sampled_from([1, 2, 3, 4, 8]), far=st.floats(-1.2, 1.2), size=st.floats(-4, 2), seed=st.integers(0, 2**16))
+@given(
+    nbits=st.sampled_from([1, 2, 3, 4, 8]), far=st.floats(-1.2, 1.2), size=st.floats(-4, 2), seed=st.integers(0, 2**16)
+)
 def test_every_number_takes_the_nearest_level_there_is(nbits: int, far: float, size: float, seed: int) -> None:
     """Brute force over all levels that the bytes allow, for rows near zero and some ranges away from it."""
     rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)).double()

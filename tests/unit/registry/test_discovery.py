@@ -7,11 +7,12 @@ import sys
 import pytest
 
 import kvquant
+from kvquant.plugin.hookspecs import BACKEND_GROUP
 from kvquant.registry.discovery import installed_plugins
 
 
 def named(name):
-    return [plugin for plugin in installed_plugins() if plugin.name == name]
+    return [plugin for plugin in installed_plugins(BACKEND_GROUP) if plugin.name == name]
 
 
 def test_entry_points_are_found_with_their_distribution(install):
@@ -36,7 +37,7 @@ def test_the_built_in_backend_comes_the_same_way():
 def test_nothing_is_imported(install):
     """Looking for plugins imports none of them."""
     install("good", "sys_exit")
-    installed_plugins()
+    installed_plugins(BACKEND_GROUP)
     assert not [name for name in sys.modules if name.startswith("kvquant_test_")]
 
 

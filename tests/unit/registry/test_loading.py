@@ -16,7 +16,8 @@ REASONS = {
     "hook-raises": "its plugin fails to load: TypeError: BackendSpec.__init__() got an unexpected keyword argument "
     "'from_the_future'",
     "hook-exits": "its plugin fails to load: SystemExit: 3",
-    "misspelt-hook": f"it has a hook kvquant_register_backend, which kvquant does not know (it knows {HOOK})",
+    "misspelt-hook": f"it has a hook kvquant_register_backend, which kvquant does not know (it knows {HOOK}, "
+    "kvquant_transforms)",
     "undecorated-hook": f"its hook {HOOK} lacks the decorator @kvquant.plugin.hookimpl",
     "no-hook": f"its hook {HOOK} is not there",
     "wrong-signature": f"its hook {HOOK} does not fit: Argument(s) {{'registry'}} are declared in the hookimpl but can "

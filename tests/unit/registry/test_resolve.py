@@ -52,7 +52,7 @@ def test_no_command_is_made_from_what_was_typed():
 
 def test_a_name_of_the_table_that_is_not_installed_gets_its_command(monkeypatch):
     """As for a backend of kvquant's whose entry point is not there."""
-    monkeypatch.setattr(registry.resolve, "_installed", list)
+    monkeypatch.setattr(registry.public.BACKENDS, "_installed", list)
     assert message("hqq").endswith("Run 'kvquant list-backends'. To install it: pip install 'kvquant[hqq]'")
     assert "Did you mean 'hqq'?" in message("hqqq")
     assert message("hqqq").endswith("To install it: pip install 'kvquant[hqq]'")

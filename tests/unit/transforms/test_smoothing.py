@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.errors import OptionValueError
+from kvquant.registry import get_transform
 from kvquant.transforms.frame import Frame
-from kvquant.transforms.rotations import Rotation
+from kvquant.transforms.heads import head_transform
 from kvquant.transforms.smoothing import OUTLIER, Smoothing
 
 
@@ -50,7 +51,9 @@ def test_it_can_be_undone(seed: int, dtype: torch.dtype) -> None:
 def test_scores_and_mixtures_are_those_of_the_states(smooth: bool, rotation: str | None) -> None:
     """In its frame a query meets the keys as it would have outside, and so do weights the values."""
     states = hard(40).double()
-    frame = Frame(Smoothing.fit(states) if smooth else None, Rotation(rotation) if rotation else None)
+    frame = Frame(
+        Smoothing.fit(states) if smooth else None, head_transform(get_transform(rotation), 16) if rotation else None
+    )
     inside = frame.enter(states)
     torch.testing.assert_close(frame.leave(inside), states)
     query, weights = torch.randn(2, 2, 3, 16).double(), torch.rand(2, 2, 3, 40).double()

@@ -1,0 +1,1 @@
+"""What a transform owes the core, checked on the transform itself."""
