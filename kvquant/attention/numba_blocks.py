@@ -16,9 +16,16 @@ from numba import carray, njit
 from kvquant.attention.simd import dot_rows, half_to_float, mix_rows, pointer_to
 
 #: What a page is to the kernel: addresses, strides (bytes of codes, numbers of scales), the page's token that comes
-#: first, whether scales are float16, and which tokens of the body are read from it.
-PAGE = "codes batch head row scale scale_batch scale_head offset table first half start stop".split()
-CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, HALF, START, STOP = range(len(PAGE))
+#: first, whether scales are float16, its outlier tokens (address and strides of their positions, how many there are in
+#: a block, and the tokens of a block), and which tokens of the body are read from it.
+PAGE = (
+    "codes batch head row scale scale_batch scale_head offset table first half outlier outlier_batch outlier_head "
+    "kept block start stop"
+).split()
+(
+    CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, HALF, OUTLIER, OUTLIER_BATCH,
+    OUTLIER_HEAD, KEPT, BLOCK, START, STOP,
+) = range(len(PAGE))  # fmt: skip
 
 #: What a mask is to the kernel: addresses (0: there is none) and strides of an additive mask and of one of bytes, and
 #: the query tokens of a group.
@@ -237,6 +244,20 @@ def soften(scores: Any, count: Any, cap: Any, falling: Any, bits: Any, powers: A
         scores[t] = size if scores[t] > 0 else -size
 
 
+@njit(nogil=True, inline="always")
+def leave_out(scores: Any, page: Any, batch: Any, head: Any, position: Any, count: Any, value: Any) -> None:
+    """Set the scores of a page's outlier tokens, among `count` tokens from its token `position` on."""
+    kept, size = page[KEPT], page[BLOCK]
+    if kept != 0:
+        first = batch * page[OUTLIER_BATCH] + head * page[OUTLIER_HEAD]
+        for block in range(position // size, (position + count - 1) // size + 1):
+            places = carray(pointer_to(page[OUTLIER] + 4 * (first + block * kept), 4), (kept,))
+            for index in range(kept):
+                token = block * size + places[index] - position
+                if 0 <= token < count:
+                    scores[token] = value
+
+
 @njit(nogil=True, fastmath=True, inline="always")
 def weigh(
     work: Any,
@@ -250,10 +271,14 @@ def weigh(
     shape: Any,
     groups: Any,
     rows: Any,
+    keys: Any,
+    k_at: Any,
+    values: Any,
+    v_at: Any,
 ) -> None:
     """Turn scores into weights relative to the highest score so far, and what was summed before with them.
 
-    Scores are soft-capped first unless `cap` is 0, then masked.
+    Scores are soft-capped first unless `cap` is 0, then masked; outlier tokens of `keys` and `values` are left out.
     """
     for r in range(rows):
         scores = work.scores[r]
@@ -263,6 +288,8 @@ def weigh(
             add_mask(scores, mask, batch, head, first_row + r, start, count)
         if mask[6] != 0:
             hide(scores, mask, batch, head, first_row + r, start, count, LOWEST)
+        leave_out(scores, keys, batch, head, k_at, count, LOWEST)
+        leave_out(scores, values, batch, head, v_at, count, LOWEST)
         top = work.highest[r]
         for t in range(count):
             top = max(top, scores[t])
@@ -271,6 +298,8 @@ def weigh(
         exponentials(scores, count, work.bits, work.powers)
         if mask[6] != 0:
             hide(scores, mask, batch, head, first_row + r, start, count, np.float32(0))
+        leave_out(scores, keys, batch, head, k_at, count, np.float32(0))
+        leave_out(scores, values, batch, head, v_at, count, np.float32(0))
         kept = np.exp(max(work.highest[r] - top, np.float32(-200.0)))
         added = np.float32(0)
         for t in range(count):

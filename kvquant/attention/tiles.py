@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvquant.attention.parts import Kernel, Part, Running, query_tokens, soft_capped
+from kvquant.attention.outliers import Asked, with_outliers
+from kvquant.attention.parts import Kernel, Part, Running, apply_mask, query_tokens, soft_capped
 from kvquant.engine.body import Body
 from kvquant.engine.store import Store
 
@@ -137,7 +138,7 @@ def _attend(
                 one.fetch()
             part = None if masked is None else _tokens_of(masked, body.start, body.stop)
             last = None if seen is None else seen - body.start
-            running.merge(_attend_body(kernel or attend_tiles, folded, keys.body, values.body, part, last, softcap))
+            running.merge(_attend_body(kernel, folded, keys.body, values.body, part, last, softcap))
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * queries)):
         if start in body:
             continue
@@ -157,7 +158,7 @@ def quantised_together(keys: Store, values: Store) -> bool:
 
 
 def _attend_body(
-    kernel: Kernel,
+    kernel: Kernel | None,
     query: Tensor,
     keys: Body,
     values: Body,
@@ -165,9 +166,12 @@ def _attend_body(
     last: Tensor | None,
     softcap: float | None,
 ) -> Part:
-    """Have a kernel attend over what may be rotated: the query is rotated for it, and the result back."""
+    """Have a kernel, or tiles, attend over what may be rotated: the query is rotated for it, and the result back."""
     rotation, other = keys.encoder.rotation, values.encoder.rotation
-    part = kernel(query if rotation is None else rotation.apply(query), keys, values, mask, last, softcap)
+    rotated = query if rotation is None else rotation.apply(query)
+    part = (kernel or attend_tiles)(rotated, keys, values, mask, last, softcap)
+    if kernel is not None and keys.encoder.kept:
+        return with_outliers(part, Asked(query, rotated, mask, last, softcap), keys, values)
     return part if other is None else Part(part.highest, part.total, other.undo(part.mixed))
 
 
@@ -179,7 +183,10 @@ def attend_tiles(
     last: Tensor | None,
     softcap: float | None = None,
 ) -> Part:
-    """Attend over bodies tile by tile, dequantised as they were rotated; this is a `parts.Kernel`, for every format."""
+    """Attend over bodies tile by tile, dequantised as they were rotated; for every format.
+
+    Arguments and result are those of a `parts.Kernel`, but that no token is left out.
+    """
     batch, kv_heads, rows, _ = query.shape
     queries = query_tokens(rows, mask, last)
     shape = (batch, kv_heads, rows // queries, queries)
@@ -236,10 +243,3 @@ def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 def _tokens_of(mask: Tensor, start: int, stop: int) -> Tensor:
     """Return the part of a mask that is about tokens `start` to `stop`."""
     return mask if mask.shape[-1] == 1 else mask[..., start:stop]
-
-
-def apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """Apply a mask to scores ``[batch, kv_heads, groups, queries, tokens]``, to which it is broadcast."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.to(scores.dtype)

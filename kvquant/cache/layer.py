@@ -18,6 +18,7 @@ from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
 from kvquant.engine.offload import Place
+from kvquant.engine.outliers import kept_tokens
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
@@ -209,6 +210,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 dtype=dtypes[stream],
                 formats=settings.backend.capabilities.formats,
                 rotation=None if settings.rotation is None else Rotation(settings.rotation),
+                kept=kept_tokens(self.settings.outlier_share, policy.block),
             )
 
         return {

@@ -53,6 +53,8 @@ class CacheConfig:
         rotation_key, rotation_value: rotation of a head's channels before they are quantised, ``"hadamard"`` or
             ``"random"`` (see `kvquant.transforms.rotations.Rotation`); None for none. It spreads outlier channels,
             which helps keys on the token axis most.
+        outlier_share: share of the quantised tokens, up to a half, whose states are kept exact beside their codes: in
+            each block, of each head, those that quantisation harms most; one of a block at least. 0 for none.
         residual_length: most recent tokens that stay in full precision, at least.
         sink_length: first tokens that stay in full precision for ever.
         compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
@@ -87,6 +89,7 @@ class CacheConfig:
     group_size_value: int | None = None
     rotation_key: str | None = None
     rotation_value: str | None = None
+    outlier_share: float = 0.0
     residual_length: int = 128
     sink_length: int = 0
     compute_dtype: str | None = None

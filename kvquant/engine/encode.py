@@ -7,14 +7,15 @@ list of *pieces*, runs of whole blocks that share one layout; nothing of a store
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
+from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import pack
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
@@ -27,6 +28,8 @@ CHUNK_ELEMENTS = 1 << 20
 #: Share of a quantisation step that rounding scale and offset to float16 may cost; beyond it they stay in float32.
 _HALF_PRECISION_SHARE = 0.25
 
+_Part = TypeVar("_Part")
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -38,6 +41,7 @@ class Encoded:
         offset: like `scale` (affine), or None (codebook).
         table: floating ``[2**nbits]`` (codebook), or None (affine).
         fits_half: whether scale and offset lose little in float16.
+        outliers: tokens whose states are kept, or None.
     """
 
     codes: Tensor
@@ -45,11 +49,12 @@ class Encoded:
     offset: Tensor | None
     table: Tensor | None
     fits_half: bool = False
+    outliers: Outliers | None = None
 
     def narrowed(self) -> Encoded:
         """Return the piece with scales in float16."""
         offset = None if self.offset is None else self.offset.half()
-        return Encoded(self.codes, self.scale.half(), offset, self.table, fits_half=True)
+        return replace(self, scale=self.scale.half(), offset=offset, fits_half=True)
 
     @property
     def tokens(self) -> int:
@@ -63,6 +68,7 @@ class EncodedOpaque:
 
     rows: tuple[Opaque, ...]
     tokens: int
+    outliers: Outliers | None = None
 
 
 Piece = Encoded | EncodedOpaque
@@ -82,6 +88,7 @@ class Encoder:
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
         rotation: what is done to states before; None for nothing.
+        kept: outlier tokens of a block, of each batch row and head, whose states are kept as they are.
     """
 
     backend: str
@@ -93,6 +100,7 @@ class Encoder:
     dtype: torch.dtype
     formats: tuple[str, ...]
     rotation: Rotation | None = None
+    kept: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
@@ -169,7 +177,15 @@ class Encoder:
             scale=rows.scale.to(border.wide_dtype).reshape(grid),
             offset=None if rows.offset is None else rows.offset.to(border.wide_dtype).reshape(grid),
             table=None if rows.table is None else rows.table.to(border.wide_dtype),
+            outliers=self._outliers(states, _values(rows, border.wide_dtype)) if self.kept else None,
         )
+
+    def _outliers(self, states: Tensor, values: Tensor) -> Outliers:
+        """Return the tokens of `states` that are kept, where `values` ``[n_groups, group_size]`` is what codes say."""
+        shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
+        read = rows_to_states(values, shape, self.scheme.axis, self.scheme.group_size)
+        read = read if self.rotation is None else self.rotation.undo(read)
+        return Outliers.chosen(states, read, self.block, self.kept)
 
     def _encode_opaque(self, states: Tensor) -> list[Piece]:
         pieces: list[Piece] = []
@@ -181,7 +197,11 @@ class Encoder:
             if packed and not pieces:
                 # One block of a call is read back before the states that it stands for are let go.
                 self.read(packed[0], block[0].numel())
-            pieces.append(EncodedOpaque(tuple(packed), self.block))
+            outliers = None
+            if self.kept:
+                read = [self.read(one, block[0].numel()).to(self.border.wide_dtype) for one in packed]
+                outliers = self._outliers(block, torch.cat(read) if read else block.to(self.border.wide_dtype))
+            pieces.append(EncodedOpaque(tuple(packed), self.block, outliers))
         return pieces
 
     def read(self, packed: Opaque, numbers: int) -> Tensor:
@@ -212,6 +232,7 @@ class Encoder:
             scale=torch.cat([part.scale for part in parts]),
             offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
             table=first.table,
+            outliers=Outliers.joined([_given(part.outliers) for part in parts], dim=0) if self.kept else None,
         )
 
     # -------------------------------------------------------------------------------------------- stored precision
@@ -237,6 +258,7 @@ class Encoder:
                 offset=None if piece.offset is None else piece.offset[:, :, scales],
                 table=piece.table,
                 fits_half=fits[start],
+                outliers=None if piece.outliers is None else piece.outliers.blocks(start, stop),
             )
             start = stop
 
@@ -263,8 +285,16 @@ def _entry_over_gap(table: Tensor) -> float:
     return float((entries.abs() / nearest).max())
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    """Return a tensor that the format guarantees to be there."""
-    if tensor is None:
+def _values(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """Return what rows of a canonical format stand for, ``[n_groups, group_size]``."""
+    scale = rows.scale.to(dtype).unsqueeze(1)
+    if rows.offset is None:
+        return _given(rows.table).to(dtype)[rows.codes.int()] * scale
+    return rows.codes * scale + rows.offset.to(dtype).unsqueeze(1)
+
+
+def _given(part: _Part | None) -> _Part:
+    """Return what the format guarantees to be there."""
+    if part is None:
         raise ValueError("pieces of one call differ in format")
-    return tensor
+    return part

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 #: Parts of a layer's memory. Copies are those on the device of what lives in host memory; spare is what is allocated
 #: and not in use yet.
-PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "copies", "spare")
+PARTS = ("sink", "codes", "scales", "tables", "outliers", "window", "full precision", "copies", "spare")
+#: Parts that hold quantised tokens; their bits are counted over the numbers that are quantised.
+STORED = ("codes", "scales", "tables", "outliers")
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -53,10 +55,10 @@ class LayerMemory:
 
     @property
     def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        """Stored bits (codes, scales, offsets, tables, outliers) over quantised numbers; None while there are none."""
         if not self.quantized_elements:
             return None
-        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / self.quantized_elements
+        return 8 * sum(self.parts[part] for part in STORED) / self.quantized_elements
 
 
 def layer_memory(
@@ -114,9 +116,9 @@ class MemoryReport:
 
     @property
     def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        """Stored bits (codes, scales, offsets, tables, outliers) over quantised numbers; None while there are none."""
         elements = sum(layer.quantized_elements for layer in self.layers)
-        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / elements if elements else None
+        return 8 * sum(self.parts[part] for part in STORED) / elements if elements else None
 
     def to_dict(self) -> dict[str, object]:
         """Return plain builtins."""

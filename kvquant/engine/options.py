@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvquant.engine.packing import WIDTHS
 from kvquant.errors import OptionValueError, UnknownOptionError
@@ -22,6 +22,7 @@ LAYER_OPTIONS = (
     "group_size_value",
     "rotation_key",
     "rotation_value",
+    "outlier_share",
     "residual_length",
     "sink_length",
     "options",
@@ -30,12 +31,20 @@ LAYER_OPTIONS = (
 #: transformers' names for our options.
 ALIASES = {"q_group_size": "group_size"}
 
+#: The largest share of tokens that may be kept as outliers: with more, a longer window or more bits do better.
+MOST_KEPT = 0.5
+
 _LAYERS = "layer numbers from 0: 3, range(2, 6), or in text '3', '2-5' (both included) and '0,2-5'"
 
 
 def is_int(value: object, allowed: tuple[int, ...] | None = None) -> bool:
     """Whether `value` is a whole number (and one of `allowed`); True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and (allowed is None or value in allowed)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def rename_options(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -81,6 +90,8 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "a whole number above 0, or None to have it chosen")
         if option.startswith("rotation") and value not in (None, *ROTATIONS):
             raise OptionValueError(name, value, f"one of {', '.join(ROTATIONS)}, or None")
+        if option == "outlier_share" and not (is_number(value) and 0 <= value <= MOST_KEPT):
+            raise OptionValueError(name, value, f"a share of the tokens, from 0 to {MOST_KEPT}")
         if option.endswith("_length") and not (is_int(value) and value >= 0):
             raise OptionValueError(name, value, "a whole number of tokens, 0 or more")
         if option == "options":

@@ -17,8 +17,10 @@ from torch import Tensor
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
+from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import packed_bytes, unpack
 from kvquant.engine.state import Saved, Stack, State, dtype_name
+from kvquant.transforms.rotations import Rotation
 
 #: Bytes that an in-place selection may copy at once.
 _SELECT_BYTES = 1 << 22
@@ -50,7 +52,16 @@ class Page(Protocol):
         """Forget tokens that were written and never counted."""
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
+        """Return what codes say of tokens `start` to `stop`: ``[batch, kv_heads, stop - start, head_dim]``."""
+
+    def with_outliers(self, states: Tensor, start: int, stop: int, rotation: Rotation | None) -> Tensor:
+        """Return `states`, of tokens `start` to `stop`, written to: those of outlier tokens exact, see `outliers`.
+
+        Args:
+            states: ``[batch, kv_heads, stop - start, head_dim]``.
+            start, stop: the tokens.
+            rotation: of the states, None for none.
+        """
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -83,6 +94,7 @@ class CanonicalPage:
         scale: float16 or float32, the grid of scales of `capacity` tokens.
         offset: like `scale`, or None (codebook).
         table: float32 ``[2**nbits]``, or None (affine).
+        outliers: tokens that have their states kept beside their codes, or None.
         length: valid tokens.
     """
 
@@ -96,6 +108,7 @@ class CanonicalPage:
         self.scale = home.empty((batch, heads, scales, like.scale.shape[3]), like.scale.dtype)
         self.offset = None if like.offset is None else home.empty(self.scale.shape, like.scale.dtype)
         self.table = None if like.table is None else home.keep(like.table)
+        self.outliers = None if like.outliers is None else like.outliers.room(capacity, home)
 
     @property
     def _tokens_per_scale(self) -> int:
@@ -132,13 +145,15 @@ class CanonicalPage:
         self.scale[:, :, target] = source.scale[:, :, origin]
         if self.offset is not None and source.offset is not None:
             self.offset[:, :, target] = source.offset[:, :, origin]
+        if self.outliers is not None and source.outliers is not None:
+            self.outliers.write(source.outliers, start, stop, at)
         return stop - start
 
     def discard(self) -> None:
         """Forget tokens that were written and never counted: they lie in spare capacity."""
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
+        """Return what codes say of tokens `start` to `stop`: ``[batch, kv_heads, stop - start, head_dim]``."""
         axis, group_size, per = self.scheme.axis, self.scheme.group_size, self._tokens_per_scale
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
@@ -150,6 +165,30 @@ class CanonicalPage:
             states = grouped(codes.to(dtype), axis, group_size).mul_(scale).add_(offset)
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
+    def with_outliers(self, states: Tensor, start: int, stop: int, rotation: Rotation | None) -> Tensor:
+        """Return `states` with those of outlier tokens exact, see `Page`."""
+        return states if self.outliers is None else self.outliers.over(states, start, stop, rotation)
+
+    def dequantize_each(self, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what the codes of single tokens stand for, of each batch row and head others.
+
+        Args:
+            at: int64 ``[batch, kv_heads, n]``, the tokens.
+            dtype: of what is returned.
+
+        Returns:
+            ``[batch, kv_heads, n, head_dim]``.
+        """
+        codes = unpack(_picked(self.codes, at), self.scheme.nbits, self.head_dim)
+        rows = at // self._tokens_per_scale
+        scale = _picked(self.scale, rows).to(dtype).unsqueeze(-1)  # of each channel, or of each group of channels
+        states = codes.to(dtype) if self.table is None else self.table.to(dtype)[codes.int()]
+        states = states.unflatten(-1, (scale.shape[3], -1)).mul_(scale)
+        if self.offset is not None:
+            states = states.add_(_picked(self.offset, rows).to(dtype).unsqueeze(-1))
+        flat: Tensor = states.flatten(3)
+        return flat
+
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
         codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
@@ -160,6 +199,7 @@ class CanonicalPage:
         """Keep batch rows `indices`, in that order."""
         self.codes, self.scale = _select(self.codes, indices), _select(self.scale, indices)
         self.offset = None if self.offset is None else _select(self.offset, indices)
+        self.outliers = None if self.outliers is None else self.outliers.mapped(lambda one: _select(one, indices))
 
     def trim(self, tokens: int) -> None:
         """Give back what lies behind the first `tokens` tokens."""
@@ -168,6 +208,7 @@ class CanonicalPage:
             self.codes = clone(self.codes[:, :, :tokens])
             self.scale = clone(self.scale[:, :, :scales])
             self.offset = None if self.offset is None else clone(self.offset[:, :, :scales])
+            self.outliers = None if self.outliers is None else self.outliers.trimmed(tokens)
 
     def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> CanonicalPage:  # noqa: ARG002
         """Return the same page with other tensors, see `Page`."""
@@ -175,6 +216,7 @@ class CanonicalPage:
         page.codes, page.scale = change(self.codes), change(self.scale)
         page.offset = None if self.offset is None else change(self.offset)
         page.table = None if self.table is None else change(self.table)
+        page.outliers = None if self.outliers is None else self.outliers.mapped(change)
         return page
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -189,6 +231,8 @@ class CanonicalPage:
                 yield part, tensor, tensor.nbytes * rows // max(1, tensor.shape[2])
         if self.table is not None:
             yield "tables", self.table, self.table.nbytes
+        if self.outliers is not None:
+            yield from self.outliers.parts(self.length)
 
     def state(self) -> State:
         """Return what the page is, without its spare capacity."""
@@ -198,12 +242,15 @@ class CanonicalPage:
             "scale": self.scale[:, :, :scales],
             "offset": None if self.offset is None else self.offset[:, :, :scales],
             "table": self.table,
+            **({} if self.outliers is None else self.outliers.tensors(self.length)),
         }
         given: dict[str, Tensor | Stack] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return State(given, {"length": self.length, "capacity": self.capacity})
 
     @classmethod
-    def restored(cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int) -> CanonicalPage:
+    def restored(
+        cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int, dtype: torch.dtype
+    ) -> CanonicalPage:
         """Return a page in a saved state.
 
         Where it has no room left its tensors are those read; else they are copied into tensors that have the room, so
@@ -214,6 +261,7 @@ class CanonicalPage:
             saved: the state.
             shape: of its states, ``[batch, kv_heads, tokens, head_dim]``.
             capacity: tokens that it has room for.
+            dtype: of the states.
 
         Raises:
             MisfitError: it is not one of a page like this.
@@ -233,6 +281,9 @@ class CanonicalPage:
             raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")
         page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if kind == "affine" else None
         page.table = saved.take("table", (2**nbits,), [wide]) if kind == "codebook" else None
+        page.outliers = None
+        if encoder.kept:
+            page.outliers = Outliers.restored(saved, shape, dtype, page._block, encoder.kept).grown(capacity)
         page.codes = _with_room(page.codes, capacity)
         page.scale = _with_room(page.scale, -(-capacity // per))
         page.offset = None if page.offset is None else _with_room(page.offset, -(-capacity // per))
@@ -247,6 +298,12 @@ def _with_room(tensor: Tensor, tokens: int) -> Tensor:
     roomy = empty_like(tensor, (*tensor.shape[:2], tokens, tensor.shape[3]))
     roomy[:, :, :held] = tensor
     return roomy
+
+
+def _picked(tensor: Tensor, at: Tensor) -> Tensor:
+    """Return rows ``[batch, kv_heads, n, width]`` of a tensor ``[batch, kv_heads, tokens, width]``, those at `at`."""
+    first = torch.arange(0, tensor.shape[:3].numel(), tensor.shape[2], device=at.device).reshape(*at.shape[:2], 1)
+    return tensor.flatten(0, 2).index_select(0, (at + first).flatten()).reshape(*at.shape, tensor.shape[3])
 
 
 def _select(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -142,10 +142,11 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
     dtype=st.sampled_from(list(TOLERANCE)),
     sink_length=st.sampled_from([0, 5]),
     rotations=st.tuples(*[st.sampled_from([None, "hadamard", "random"])] * 2),
+    outliers=st.sampled_from([0, 0.01, 0.2]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_fused_equals_dequantised(
-    kind, batch, queries, tokens, masking, scale, softcap, sinks, dtype, sink_length, rotations, seed
+    kind, batch, queries, tokens, masking, scale, softcap, sinks, dtype, sink_length, rotations, outliers, seed
 ):
     """For all that varies from call to call, over every kind of stream."""
     torch.manual_seed(seed)
@@ -157,6 +158,7 @@ def test_fused_equals_dequantised(
         sink_length=sink_length,
         rotation_key=rotations[0],
         rotation_value=rotations[1],
+        outlier_share=outliers,
     )
     heads = 2 * kind.groups
     query = torch.randn(batch, heads, queries, kind.widths[0]).to(dtype)
@@ -194,9 +196,10 @@ def test_states_of_any_type(dtype):
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[6]], ids=str)
-def test_pages_that_end_anywhere(kind):
+@pytest.mark.parametrize("outliers", [0, 0.1])
+def test_pages_that_end_anywhere(kind, outliers):
     """After crops into the body, with key and value pages of other lengths and scales that became wide."""
-    layer, _ = filled(kind, 400, sink_length=2)
+    layer, _ = filled(kind, 400, sink_length=2, outlier_share=outliers)
     width = kind.widths
     for tokens, crop, size in ((100, 130, 1.0), (333, 50, 1e5), (77, 201, 1.0)):
         layer.crop(-crop)

@@ -51,9 +51,10 @@ MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
     sink=st.sampled_from([0, 3]),
     small=st.booleans(),
     rotations=st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2),
+    outliers=st.sampled_from([0, 0, 0.01, 0.3]),
 )
 def test_fused_equals_dequantised(
-    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small, rotations
+    kind, axes, bits, groups, widths, batch, queries, tokens, masking, scale, dtype, sink, small, rotations, outliers
 ):
     """For every format, axis, width, grouped-query ratio, mask, scale, dtype, rotation and tile."""
     layer, (keys, values) = filled(
@@ -69,6 +70,7 @@ def test_fused_equals_dequantised(
         sink_length=sink,
         rotation_key=rotations[0],
         rotation_value=rotations[1],
+        outlier_share=outliers,
     )
     heads = 2 * groups
     query = torch.randn(batch, heads, queries, widths[0]).to(dtype)
