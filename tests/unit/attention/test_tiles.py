@@ -9,15 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kvquant.attention import tiles
 from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine import encode
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS, exact_attention
+from tests.support import FORMATS, Largest, exact_attention
 
 pytestmark = pytest.mark.usefixtures("formats")
 
@@ -138,26 +136,6 @@ def test_attention_computes_in_the_dtype_asked_for(dtype, tolerance):
     assert fused.dtype == torch.float32
     expected = exact_attention(query, layer.keys, layer.values)
     torch.testing.assert_close(fused.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the bytes of every tensor that is made and does not end up in `kept`."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given_ = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_:
-                self.made.append((tensor.untyped_storage().data_ptr(), tensor.nbytes))
-        return out
-
-    def temporary(self, layer):
-        kept = {tensor.untyped_storage().data_ptr() for store in layer.stores for _, tensor, _ in store.parts()}
-        return max(nbytes for address, nbytes in self.made if address not in kept)
 
 
 def test_no_temporary_of_a_decode_step_grows_with_the_context():
