@@ -396,5 +396,5 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         parts += [("full precision", states, states.nbytes) for states in self._assigned.values()]
         quantized = stores[0].body.held if stores else 0
         elements = sum(quantized * store.batch * store.kv_heads * store.head_dim for store in stores)
-        share = stores[0].body.encoder.kept / stores[0].policy.block if quantized else 0.0
+        share = self.stores[0].body.encoder.kept / self.stores[0].policy.block if quantized else 0.0
         return layer_memory(self.index, len(self), (quantized, elements), parts, share)
