@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
@@ -118,3 +120,23 @@ def exact_attention(
         sink = sinks.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores, values = torch.cat([scores, sink], 3), torch.nn.functional.pad(values, (0, 0, 0, 1))
     return scores.softmax(3).nan_to_num() @ values  # NaN where all is hidden: there attention gives zeros
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of every tensor that is made and does not end up in `kept`."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given_ = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_:
+                self.made.append((tensor.untyped_storage().data_ptr(), tensor.nbytes))
+        return out
+
+    def temporary(self, layer):
+        kept = {tensor.untyped_storage().data_ptr() for store in layer.stores for _, tensor, _ in store.parts()}
+        return max(nbytes for address, nbytes in self.made if address not in kept)

@@ -18,9 +18,16 @@ from kvquant.attention.simd import byte_to_scale, dot_rows, half_to_float, mix_r
 from kvquant.engine.scales import CENTER, PARTS
 
 #: What a page is to the kernel: addresses, strides (bytes of codes, numbers of scales), the page's token that comes
-#: first, how scales are stored, and which tokens of the body are read from it.
-PAGE = "codes batch head row scale scale_batch scale_head offset table first stored start stop".split()
-CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, STORED, START, STOP = range(len(PAGE))
+#: first, how scales are stored, its outlier tokens (address and strides of their positions, how many there are in
+#: a block, and the tokens of a block), and which tokens of the body are read from it.
+PAGE = (
+    "codes batch head row scale scale_batch scale_head offset table first stored outlier outlier_batch outlier_head "
+    "kept block start stop"
+).split()
+(
+    CODES, BATCH, HEAD, ROW, SCALE, SCALE_BATCH, SCALE_HEAD, OFFSET, TABLE, FIRST, STORED, OUTLIER, OUTLIER_BATCH,
+    OUTLIER_HEAD, KEPT, BLOCK, START, STOP,
+) = range(len(PAGE))  # fmt: skip
 #: How scales may be stored.
 FLOATS, HALVES, BYTES = range(3)
 
@@ -283,6 +290,20 @@ def soften(scores: Any, count: Any, cap: Any, falling: Any, bits: Any, powers: A
         scores[t] = size if scores[t] > 0 else -size
 
 
+@njit(nogil=True, inline="always")
+def leave_out(scores: Any, page: Any, batch: Any, head: Any, position: Any, count: Any, value: Any) -> None:
+    """Set the scores of a page's outlier tokens, among `count` tokens from its token `position` on."""
+    kept, size = page[KEPT], page[BLOCK]
+    if kept != 0:
+        first = batch * page[OUTLIER_BATCH] + head * page[OUTLIER_HEAD]
+        for block in range(position // size, (position + count - 1) // size + 1):
+            places = carray(pointer_to(page[OUTLIER] + 4 * (first + block * kept), 4), (kept,))
+            for index in range(kept):
+                token = block * size + places[index] - position
+                if 0 <= token < count:
+                    scores[token] = value
+
+
 @njit(nogil=True, fastmath=True, inline="always")
 def weigh(
     work: Any,
@@ -296,10 +317,14 @@ def weigh(
     shape: Any,
     groups: Any,
     rows: Any,
+    keys: Any,
+    k_at: Any,
+    values: Any,
+    v_at: Any,
 ) -> None:
     """Turn scores into weights relative to the highest score so far, and what was summed before with them.
 
-    Scores are soft-capped first unless `cap` is 0, then masked.
+    Scores are soft-capped first unless `cap` is 0, then masked; outlier tokens of `keys` and `values` are left out.
     """
     for r in range(rows):
         scores = work.scores[r]
@@ -309,6 +334,8 @@ def weigh(
             add_mask(scores, mask, batch, head, first_row + r, start, count)
         if mask[6] != 0:
             hide(scores, mask, batch, head, first_row + r, start, count, LOWEST)
+        leave_out(scores, keys, batch, head, k_at, count, LOWEST)
+        leave_out(scores, values, batch, head, v_at, count, LOWEST)
         top = work.highest[r]
         for t in range(count):
             top = max(top, scores[t])
@@ -317,6 +344,8 @@ def weigh(
         exponentials(scores, count, work.bits, work.powers)
         if mask[6] != 0:
             hide(scores, mask, batch, head, first_row + r, start, count, np.float32(0))
+        leave_out(scores, keys, batch, head, k_at, count, np.float32(0))
+        leave_out(scores, values, batch, head, v_at, count, np.float32(0))
         kept = np.exp(max(work.highest[r] - top, np.float32(-200.0)))
         added = np.float32(0)
         for t in range(count):

@@ -101,7 +101,13 @@ class Stream:
         entries = 0 if page.table is None else max(_FEWEST_ENTRIES, page.table.numel())
         shifted, taps = page.offset is not None, page.taps or (0, 0)
         return cls(
-            page.head_dim, scheme.nbits, scheme.group_size, scheme.axis == "channel", entries, shifted, tuple(taps)
+            page.head_dim,
+            scheme.nbits,
+            scheme.group_size,
+            scheme.axis == "channel",
+            entries,
+            shifted,
+            (taps[0], taps[1]),
         )
 
     @property
@@ -244,7 +250,10 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 k_shifted,
                                 room,
                             )
-                        weigh(work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows)
+                        weigh(
+                            work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows,
+                            keys, k_at, values, v_at,
+                        )  # fmt: skip
                         codes, apart = codes_of(values, batch, head, v_at), values[ROW]
                         if v_high:
                             expand(
@@ -350,7 +359,7 @@ def attend_body(
     )  # fmt: skip
     threads.run(_kernel(key, value, rows), job.ctypes.data, team)
     del tables, masks  # the kernel had only their addresses
-    if mask is not None or last is not None:
+    if mask is not None or last is not None or keys.encoder.kept:
         highest = highest.masked_fill_(total == 0, -torch.inf)
     part = _joined(highest, total, mixed)
     return Part(part.highest[:, :, :queries], part.total[:, :, :queries], part.mixed[:, :, :queries])
@@ -378,6 +387,10 @@ def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> li
         times = max(1, _FEWEST_ENTRIES // page.table.numel())
         tables.append(page.table.float().repeat(times))
         table = tables[-1].data_ptr()
+    outliers = [0, 0, 0, 0, 1]
+    if page.outliers is not None:
+        positions = page.outliers.positions
+        outliers = [positions.data_ptr(), *positions.stride()[:2], page.outliers.kept, page.outliers.block]
     return [
         page.codes.data_ptr(),
         *page.codes.stride()[:3],
@@ -387,6 +400,7 @@ def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> li
         table,
         first,
         _STORED[page.scale.dtype],
+        *outliers,
     ]
 
 

@@ -45,7 +45,7 @@ class Kernel(Protocol):
         last: Tensor | None,
         softcap: float | None = None,
     ) -> Part:
-        """Attend over `keys` and `values`.
+        """Attend over `keys` and `values`, without the tokens that either has among its outliers.
 
         Args:
             query: float32 ``[batch, kv_heads, groups * query_tokens, head_dim]``, multiplied by the softmax scale.
@@ -61,6 +61,13 @@ class Kernel(Protocol):
 def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
     """Return ``softcap * tanh(scores / softcap)``, or `scores` where there is no cap (Gemma 2, arXiv 2408.00118)."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Apply a mask to scores ``[batch, kv_heads, groups, queries, tokens]``, to which it is broadcast."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask.to(scores.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -254,8 +254,8 @@ def _literals(*kinds: Any) -> list[int]:
 
 @intrinsic(prefer_literal=True)
 def pointer_to(_context: Any, address: Any, kind: Any) -> Any:
-    """Return the integer `address` as a pointer; `kind` is 0 for uint8, 1 for float32, 2 for uint16, 3 for int64."""
-    pointee = (types.uint8, types.float32, types.uint16, types.int64)[kind.literal_value]
+    """Return the integer `address` as a pointer; `kind`: uint8, float32, uint16, int64, int32 from 0 on."""
+    pointee = (types.uint8, types.float32, types.uint16, types.int64, types.int32)[kind.literal_value]
     pointer = types.CPointer(pointee)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvquant.attention.parts import Kernel, Part, Running, query_tokens, soft_capped
+from kvquant.attention.outliers import Asked, with_outliers
+from kvquant.attention.parts import Kernel, Part, Running, apply_mask, query_tokens, soft_capped
 from kvquant.engine.body import Body
 from kvquant.engine.store import Store
 
@@ -137,7 +138,7 @@ def _attend(
                 one.fetch()
             part = None if masked is None else _tokens_of(masked, body.start, body.stop)
             last = None if seen is None else seen - body.start
-            running.merge(_attend_body(kernel or attend_tiles, folded, keys.body, values.body, part, last, softcap))
+            running.merge(_attend_body(kernel, folded, keys.body, values.body, part, last, softcap))
     for start, stop in keys.spans(tile_tokens(keys, values, query_heads * queries)):
         if start in body:
             continue
@@ -157,7 +158,7 @@ def quantised_together(keys: Store, values: Store) -> bool:
 
 
 def _attend_body(
-    kernel: Kernel,
+    kernel: Kernel | None,
     query: Tensor,
     keys: Body,
     values: Body,
@@ -165,15 +166,17 @@ def _attend_body(
     last: Tensor | None,
     softcap: float | None,
 ) -> Part:
-    """Have a kernel attend in the frames of keys and values: the query goes there, and the result comes back."""
+    """Have a kernel, or tiles, attend in the frames of keys and values: the query goes there, the result comes back."""
     asked, shift = keys.frame.query(query)
-    if shift is not None and softcap is not None:
+    if kernel is None or (shift is not None and softcap is not None):
         # A cap takes whole scores, and kernels know nothing of what is added to theirs.
         part = attend_tiles(asked, keys, values, mask, last, softcap, shift)
     else:
         part = kernel(asked, keys, values, mask, last, softcap)
         if shift is not None:
             part = replace(part, highest=part.highest + shift)
+        if keys.encoder.kept:
+            return with_outliers(part, Asked(query, asked, shift, mask, last, softcap), keys, values)
     return replace(part, mixed=values.frame.mixture(part.mixed, part.total))
 
 
@@ -186,10 +189,12 @@ def attend_tiles(
     softcap: float | None = None,
     shift: Tensor | None = None,
 ) -> Part:
-    """Attend over bodies tile by tile, dequantised in their frames; this is a `parts.Kernel`, for every format.
+    """Attend over bodies tile by tile, dequantised in their frames; for every format.
+
+    Arguments and result are those of a `parts.Kernel`, but that no token is left out, and one argument more:
 
     Args:
-        query, keys, values, mask, last, softcap: as for `parts.Kernel`.
+        query, keys, values, mask, last, softcap: as for a kernel.
         shift: what is added to each query's scores before the cap, ``[batch, kv_heads, rows]``; None for nothing.
     """
     batch, kv_heads, rows, _ = query.shape
@@ -252,10 +257,3 @@ def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 def _tokens_of(mask: Tensor, start: int, stop: int) -> Tensor:
     """Return the part of a mask that is about tokens `start` to `stop`."""
     return mask if mask.shape[-1] == 1 else mask[..., start:stop]
-
-
-def apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """Apply a mask to scores ``[batch, kv_heads, groups, queries, tokens]``, to which it is broadcast."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.to(scores.dtype)

@@ -204,6 +204,16 @@ def _soft_capped(scores, cap):
 
 
 @triton.jit
+def _outliers(positions, token, valid, kept: tl.constexpr, block: tl.constexpr):
+    """Return which of the tokens ``[tokens]`` of a page are outliers, `kept` in each block, which attend elsewhere."""
+    found = token < 0
+    for index in range(kept):
+        place = tl.load(positions + token // block * kept + index, mask=valid, other=-1)
+        found = found | (place == token % block)
+    return found
+
+
+@triton.jit
 def _repeated(rows, times: tl.constexpr):
     """Return ``[times * rows]`` of ``[rows]``."""
     return tl.reshape(tl.broadcast_to(rows[None, :], [times, rows.shape[0]]), [times * rows.shape[0]])
@@ -216,8 +226,10 @@ def _repeated(rows, times: tl.constexpr):
 )
 def attend_split(
     query, mask, last, softcap, highest, total, mixed,
-    k_codes, k_scales, k_offsets, k_table, k_code_batch, k_code_head, k_scale_batch, k_scale_head, k_start,
-    v_codes, v_scales, v_offsets, v_table, v_code_batch, v_code_head, v_scale_batch, v_scale_head, v_start,
+    k_codes, k_scales, k_offsets, k_table, k_outliers,
+    k_code_batch, k_code_head, k_scale_batch, k_scale_head, k_outlier_batch, k_outlier_head, k_start,
+    v_codes, v_scales, v_offsets, v_table, v_outliers,
+    v_code_batch, v_code_head, v_scale_batch, v_scale_head, v_outlier_batch, v_outlier_head, v_start,
     mask_batch, mask_head, mask_group, mask_query, mask_token,
     first, tokens, front, blocks, slot, slots, rows, query_tokens, kv_heads,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, BOOLEAN: tl.constexpr, LIMITED: tl.constexpr,
@@ -225,11 +237,11 @@ def attend_split(
     K_BITS: tl.constexpr, K_BOOK: tl.constexpr, K_MODE: tl.constexpr, K_BY_CHANNEL: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_STRIDE: tl.constexpr, K_ROW: tl.constexpr, K_PAD: tl.constexpr,
     K_PLANES: tl.constexpr, K_TERMS: tl.constexpr, K_GROUPS: tl.constexpr, K_EXPAND: tl.constexpr,
-    K_EXACT: tl.constexpr,
+    K_EXACT: tl.constexpr, K_KEPT: tl.constexpr, K_BLOCK: tl.constexpr,
     V_BITS: tl.constexpr, V_BOOK: tl.constexpr, V_MODE: tl.constexpr, V_BY_CHANNEL: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, V_STRIDE: tl.constexpr, V_ROW: tl.constexpr, V_PAD: tl.constexpr,
     V_PLANES: tl.constexpr, V_TERMS: tl.constexpr, V_GROUPS: tl.constexpr, V_EXPAND: tl.constexpr,
-    V_EXACT: tl.constexpr,
+    V_EXACT: tl.constexpr, V_KEPT: tl.constexpr, V_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attend over tiles ``blocks * split`` on of one segment, for one key/value head and `RB` of its query rows.
 
@@ -245,6 +257,10 @@ def attend_split(
         k_offsets += batch * k_scale_batch + kv_head * k_scale_head
     if not V_BOOK:
         v_offsets += batch * v_scale_batch + kv_head * v_scale_head
+    if K_KEPT > 0:
+        k_outliers += batch * k_outlier_batch + kv_head * k_outlier_head
+    if V_KEPT > 0:
+        v_outliers += batch * v_outlier_batch + kv_head * v_outlier_head
 
     # Repetitions of the query rows: which group, which term; those behind the last group are zero.
     k_repetition, v_repetition = tl.arange(0, K_EXPAND), tl.arange(0, V_EXPAND)
@@ -325,6 +341,10 @@ def attend_split(
             scores = _soft_capped(scores, softcap)
 
         shown = row_ok[:, None] & valid[None, :]
+        if K_KEPT > 0:
+            shown = shown & ~_outliers(k_outliers, index + k_start, valid, K_KEPT, K_BLOCK)[None, :]
+        if V_KEPT > 0:
+            shown = shown & ~_outliers(v_outliers, index + v_start, valid, V_KEPT, V_BLOCK)[None, :]
         if LIMITED:
             shown = shown & ((first + index)[None, :] <= seen[:, None])
         if MASKED:

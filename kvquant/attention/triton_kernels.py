@@ -153,10 +153,12 @@ class _Side:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Tensors, and strides of batch rows and heads in codes and in scales; rows of codes and scales are dense."""
+        """Tensors, and strides of batch rows and heads in codes, scales, positions of outliers; rows are dense."""
         page = self.page
+        positions = None if page.outliers is None else page.outliers.positions
         strides = (*page.codes.stride()[:2], *page.scale.stride()[:2])
-        return page.codes, page.scale, page.offset, page.table, *strides
+        strides = (*strides, *((0, 0) if positions is None else positions.stride()[:2]))
+        return page.codes, page.scale, page.offset, page.table, positions, *strides
 
     @property
     def exact(self) -> bool:
@@ -165,7 +167,7 @@ class _Side:
 
     def constants(self, prefix: str, row_block: int) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
-        scheme, stride = self.page.scheme, self.page.codes.shape[3]
+        scheme, stride, outliers = self.page.scheme, self.page.codes.shape[3], self.page.outliers
         planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[scheme.nbits]
         row = stride * 2 // 3 if scheme.nbits == 3 else stride
         groups = _power_of_two(self.head_dim // scheme.group_size) if self.mode == _TOKEN else 1
@@ -176,7 +178,8 @@ class _Side:
             "BY_CHANNEL": scheme.axis == "channel", "DIM": self.head_dim, "GROUP": scheme.group_size,
             "STRIDE": stride, "ROW": row, "PAD": max(_power_of_two(row), _FEWEST_ROWS), "PLANES": planes,
             "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block),
-            "EXACT": self.exact,
+            "EXACT": self.exact, "KEPT": 0 if outliers is None else outliers.kept,
+            "BLOCK": 1 if outliers is None else outliers.block,
         }  # fmt: skip
         return {f"{prefix}_{name}": value for name, value in constants.items()}
 

@@ -63,5 +63,5 @@ class Configured:
 
     @property
     def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while nothing is quantised."""
+        """Stored bits of quantised tokens over their numbers, see `MemoryReport`; None while nothing is quantised."""
         return self.memory_report().bits_per_element

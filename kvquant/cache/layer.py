@@ -18,6 +18,7 @@ from kvquant.engine.config import CacheConfig
 from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import LayerMemory, layer_memory
 from kvquant.engine.offload import Place
+from kvquant.engine.outliers import kept_tokens
 from kvquant.engine.settings import LayerSettings, StreamSettings, compute_dtype, layer_settings
 from kvquant.engine.store import Store
 from kvquant.engine.window import WindowPolicy
@@ -210,6 +211,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
                 transform=settings.head_transform(streams[stream][1].shape[3]),
                 smooths=settings.smooths,
                 scale_bits=settings.scale_bits,
+                kept=kept_tokens(self.settings.outlier_share, policy.block),
             )
 
         return {
@@ -395,4 +397,5 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         parts += [("full precision", states, states.nbytes) for states in self._assigned.values()]
         quantized = stores[0].body.held if stores else 0
         elements = sum(quantized * store.batch * store.kv_heads * store.head_dim for store in stores)
-        return layer_memory(self.index, len(self), (quantized, elements), parts)
+        share = self.stores[0].body.encoder.kept / self.stores[0].policy.block if quantized else 0.0
+        return layer_memory(self.index, len(self), (quantized, elements), parts, share)

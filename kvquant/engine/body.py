@@ -77,7 +77,7 @@ class Body:
         self.smoothing: Smoothing | None = None
         self._starts = [0]
         self._policy = policy
-        self.kv_heads, self.head_dim = like.shape[1], like.shape[3]
+        self.kv_heads, self.head_dim, self._dtype = like.shape[1], like.shape[3], like.dtype
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -257,7 +257,8 @@ class Body:
                 break
             if low < high:
                 states = pages[at].dequantize(low, high, dtype)
-                yield states if framed else frame.leave(states)
+                states = states if framed else frame.leave(states)
+                yield pages[at].with_outliers(states, low, high, frame if framed else None)
 
     def spans(self, tile_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` from the first token to the last, at most `tile_tokens` at a time, each in a page."""
@@ -349,12 +350,13 @@ class Body:
             page: Page
             if self.encoder.border.is_opaque:
                 page = self._opaque_page(stored)
-                page.restore(part, length, batch)
+                page.restore(part, length, batch, self._dtype)
             else:
                 # Room behind a page that another has followed was given back.
                 most = length + (self._policy.spare(stored + length) if part is parts[-1] else 0)
                 whole = (batch, self.kv_heads, length, self.head_dim)
-                page = CanonicalPage.restored(self.encoder, part, whole, part.integer("capacity", length, most))
+                capacity = part.integer("capacity", length, most)
+                page = CanonicalPage.restored(self.encoder, part, whole, capacity, self._dtype)
                 page = page.mapped(self.home.keep)
             self.pages.append(page)
             stored += page.length

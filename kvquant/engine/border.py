@@ -21,7 +21,7 @@ def format_of(table: Tensor | None, taps: tuple[int, int] | None) -> str:
 
 def entries(nbits: int, taps: tuple[int, int] | None) -> int:
     """Return how many entries a table has."""
-    return 2**nbits if taps is None else 2 ** (nbits + 1)
+    return 1 << (nbits if taps is None else nbits + 1)
 
 
 @dataclass(frozen=True)

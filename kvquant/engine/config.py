@@ -57,6 +57,8 @@ class CacheConfig:
             first quantised block says of them (see `kvquant.transforms.smoothing`).
         scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see
             `kvquant.engine.scales`); a scale that needs more gets more.
+        outlier_share: share of the quantised tokens, up to a half, whose states are kept exact beside their codes: in
+            each block, of each head, those that quantisation harms most; one of a block at least. 0 for none.
         residual_length: most recent tokens that stay in full precision, at least.
         sink_length: first tokens that stay in full precision for ever.
         compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
@@ -94,6 +96,7 @@ class CacheConfig:
     smoothing_key: bool = False
     smoothing_value: bool = False
     scale_bits: int = 16
+    outlier_share: float = 0.0
     residual_length: int = 128
     sink_length: int = 0
     compute_dtype: str | None = None

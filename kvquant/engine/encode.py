@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
+from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import pack
 from kvquant.engine.scales import to_bytes
-from kvquant.engine.trellis import Taps
+from kvquant.engine.trellis import Taps, level_indices
 from kvquant.errors import BackendContractError, QuantizationError, TransformError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
@@ -30,6 +31,8 @@ CHUNK_ELEMENTS = 1 << 20
 #: Share of a quantisation step that rounding scale and offset to float16 may cost; beyond it they stay in float32.
 _HALF_PRECISION_SHARE = 0.25
 
+_Part = TypeVar("_Part")
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -41,6 +44,7 @@ class Encoded:
         offset: like `scale`, or None.
         table: floating, what codes stand for, or None where they are their own numbers (affine).
         taps: of the trellis, or None where there is none.
+        outliers: tokens whose states are kept, or None.
         compact: the same piece with scales in 8 bits, and codes chosen after them; None if it was not asked for.
         fits: bool, like `scale`: which groups lose nothing that matters in `compact`.
     """
@@ -50,6 +54,7 @@ class Encoded:
     offset: Tensor | None
     table: Tensor | None
     taps: Taps | None = None
+    outliers: Outliers | None = None
     compact: Encoded | None = None
     fits: Tensor | None = None
 
@@ -57,20 +62,22 @@ class Encoded:
         """Return the piece as it is stored with scales of `bits` bits."""
         if bits == 8 and self.compact is not None:
             return self.compact
+        whole = replace(self, compact=None, fits=None)
         if bits > 16:
-            return Encoded(self.codes, self.scale, self.offset, self.table, self.taps)
+            return whole
         offset = None if self.offset is None else self.offset.half()
-        return Encoded(self.codes, self.scale.half(), offset, self.table, self.taps)
+        return replace(whole, scale=self.scale.half(), offset=offset)
 
-    def run(self, tokens: slice, rows: slice) -> Encoded:
-        """Return some of its tokens, which have `rows` of the grid of scales."""
+    def run(self, blocks: slice, tokens: slice, rows: slice) -> Encoded:
+        """Return some of its blocks, which have these tokens, and these rows of the grid of scales."""
         return Encoded(
             codes=self.codes[:, :, tokens],
             scale=self.scale[:, :, rows],
             offset=None if self.offset is None else self.offset[:, :, rows],
             table=self.table,
             taps=self.taps,
-            compact=None if self.compact is None else self.compact.run(tokens, rows),
+            outliers=None if self.outliers is None else self.outliers.blocks(blocks.start, blocks.stop),
+            compact=None if self.compact is None else self.compact.run(blocks, tokens, rows),
         )
 
     @property
@@ -85,6 +92,7 @@ class EncodedOpaque:
 
     rows: tuple[Opaque, ...]
     tokens: int
+    outliers: Outliers | None = None
 
 
 Piece = Encoded | EncodedOpaque
@@ -106,6 +114,7 @@ class Encoder:
         transform: what is done to the channels before; None for nothing.
         smooths: whether channels are smoothed before that, see `kvquant.transforms.smoothing`.
         scale_bits: bits in which scales are stored, as far as that does no harm: 8 or 16.
+        kept: outlier tokens of a block, of each batch row and head, whose states are kept as they are.
     """
 
     backend: str
@@ -119,6 +128,7 @@ class Encoder:
     transform: HeadTransform | None = None
     smooths: bool = False
     scale_bits: int = 16
+    kept: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
@@ -146,7 +156,8 @@ class Encoder:
         frame, bits = frame or Frame(transform=self.transform), max(bits, self.scale_bits)
         for start, stop in self._chunks(states):
             try:
-                pieces = self._encode_chunk(frame.enter(states[:, :, start:stop].to(self.dtype)))
+                given = states[:, :, start:stop]
+                pieces = self._encode_chunk(frame.enter(given.to(self.dtype)), given)
             except (BackendContractError, TransformError):
                 raise
             except Exception as cause:
@@ -163,13 +174,14 @@ class Encoder:
         for start in range(0, tokens, step):
             yield start, min(start + step, tokens)
 
-    def _encode_chunk(self, states: Tensor) -> list[tuple[Piece, int]]:
-        """Return pieces, and the bits that their scales need."""
+    def _encode_chunk(self, states: Tensor, given: Tensor) -> list[tuple[Piece, int]]:
+        """Return pieces, and the bits that their scales need; `states` are what was `given`, in their frame."""
         if "opaque" in self.formats:
-            return [(piece, 0) for piece in self._encode_opaque(states)]
+            return [(piece, 0) for piece in self._encode_opaque(states, given)]
         # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
         rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
-        parts = [self._encode_rows(part) for part in states.split(rows_per_call)]
+        both = zip(states.split(rows_per_call), given.split(rows_per_call), strict=True)
+        parts = [self._encode_rows(*part) for part in both]
         return list(self._by_precision(parts[0] if len(parts) == 1 else self._join(parts)))
 
     @property
@@ -183,7 +195,7 @@ class Encoder:
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
         return rows.contiguous()
 
-    def _encode_rows(self, states: Tensor) -> Encoded:
+    def _encode_rows(self, states: Tensor, given: Tensor) -> Encoded:
         numbers = self._rows(states)
         border = self.border
         rows = border.rows(self.quantizer.quantize(numbers), len(numbers), states.device)
@@ -195,11 +207,16 @@ class Encoder:
             table=None if rows.table is None else rows.table.to(wide),
             taps=rows.taps,
         )
-        piece = self._laid_out(states, rows)
+        outliers = self._outliers(given, states, _values(rows)) if self.kept else None
+        piece = replace(self._laid_out(states, rows), outliers=outliers)
         if self.scale_bits > 8:
             return piece
         compact, fits = to_bytes(rows, numbers.to(wide), self.scheme.nbits)
-        return replace(piece, compact=self._laid_out(states, compact), fits=fits.reshape(piece.scale.shape))
+        return replace(
+            piece,
+            compact=replace(self._laid_out(states, compact), outliers=outliers),
+            fits=fits.reshape(piece.scale.shape),
+        )
 
     def _laid_out(self, states: Tensor, rows: QuantizedRows) -> Encoded:
         """Return rows of `states` as they are stored."""
@@ -213,14 +230,25 @@ class Encoder:
             taps=None if rows.taps is None else Taps(*rows.taps),
         )
 
-    def _encode_opaque(self, states: Tensor) -> list[Piece]:
+    def _outliers(self, given: Tensor, states: Tensor, values: Tensor) -> Outliers:
+        """Return the tokens of `given` that are kept, where rows of `values` are what is read for `states`."""
+        shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
+        read = rows_to_states(values, shape, self.scheme.axis, self.scheme.group_size)
+        return Outliers.chosen(given, states.to(read.dtype) - read, self.block, self.kept)
+
+    def _encode_opaque(self, states: Tensor, given: Tensor) -> list[Piece]:
         pieces: list[Piece] = []
-        for block in states.split(self.block, dim=2):
+        for block, exact in zip(states.split(self.block, dim=2), given.split(self.block, dim=2), strict=True):
             packed = [self.border.opaque(self.quantizer.quantize(self._rows(row))) for row in block.split(1)]
             if packed and not pieces:
                 # One block of a call is read back before the states that it stands for are let go.
                 self.read(packed[0], block[0].numel())
-            pieces.append(EncodedOpaque(tuple(packed), self.block))
+            outliers = None
+            if self.kept:
+                read = [self.read(one, block[0].numel()).to(self.border.wide_dtype) for one in packed]
+                values = torch.cat(read) if read else self._rows(block).to(self.border.wide_dtype)
+                outliers = self._outliers(exact, block, values)
+            pieces.append(EncodedOpaque(tuple(packed), self.block, outliers))
         return pieces
 
     def read(self, packed: Opaque, numbers: int) -> Tensor:
@@ -254,6 +282,7 @@ class Encoder:
             offset=None if first.offset is None else torch.cat([_given(part.offset) for part in parts]),
             table=first.table,
             taps=first.taps,
+            outliers=Outliers.joined([_given(part.outliers) for part in parts], dim=0) if self.kept else None,
             compact=None if first.compact is None else self._join([part.compact or part for part in parts]),
             fits=None if first.fits is None else torch.cat([_given(part.fits) for part in parts]),
         )
@@ -276,7 +305,7 @@ class Encoder:
                 stop += 1
             tokens = slice(start * self.block, stop * self.block)
             rows = slice(tokens.start // tokens_per_scale, tokens.stop // tokens_per_scale)
-            yield piece.run(tokens, rows), needs[start]
+            yield piece.run(slice(start, stop), tokens, rows), needs[start]
             start = stop
 
     def _needed_bits(self, piece: Encoded) -> Tensor:
@@ -313,8 +342,17 @@ def _entry_over_gap(table: Tensor) -> float:
     return float((entries.abs() / nearest).max())
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    """Return a tensor that the format guarantees to be there."""
-    if tensor is None:
+def _values(rows: QuantizedRows) -> Tensor:
+    """Return what rows of a canonical format stand for, ``[n_groups, group_size]``, in the type of their scales."""
+    scale, codes = rows.scale.unsqueeze(1), rows.codes
+    if rows.taps is not None:
+        codes = level_indices(codes, Taps(*rows.taps), 1)
+    numbers = codes.to(scale.dtype) if rows.table is None else rows.table[codes.int()]
+    return numbers * scale if rows.offset is None else numbers * scale + rows.offset.unsqueeze(1)
+
+
+def _given(part: _Part | None) -> _Part:
+    """Return what the format guarantees to be there."""
+    if part is None:
         raise ValueError("pieces of one call differ in format")
-    return tensor
+    return part

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 #: Parts of a layer's memory. Copies are those on the device of what lives in host memory; spare is what is allocated
 #: and not in use yet.
-PARTS = ("sink", "codes", "scales", "tables", "window", "full precision", "copies", "spare")
+PARTS = ("sink", "codes", "scales", "tables", "outliers", "window", "full precision", "copies", "spare")
+#: Parts that hold quantised tokens; their bits are counted over the numbers that are quantised.
+STORED = ("codes", "scales", "tables", "outliers")
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -37,6 +39,7 @@ class LayerMemory:
         quantized_elements: numbers in the body, keys and values together, all batch rows and heads.
         parts: bytes by part.
         devices: the same bytes by the device that they lie on.
+        outlier_share: share of the body's tokens, of each head, whose states are kept exact.
     """
 
     layer: int
@@ -45,6 +48,7 @@ class LayerMemory:
     quantized_elements: int
     parts: dict[str, int] = field(default_factory=dict)
     devices: dict[str, int] = field(default_factory=dict)
+    outlier_share: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -53,14 +57,18 @@ class LayerMemory:
 
     @property
     def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        """Stored bits (codes, scales, offsets, tables, outliers) over quantised numbers; None while there are none."""
         if not self.quantized_elements:
             return None
-        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / self.quantized_elements
+        return 8 * sum(self.parts[part] for part in STORED) / self.quantized_elements
 
 
 def layer_memory(
-    layer: int, tokens: int, quantized: tuple[int, int], parts: Iterable[tuple[str, Tensor, int]]
+    layer: int,
+    tokens: int,
+    quantized: tuple[int, int],
+    parts: Iterable[tuple[str, Tensor, int]],
+    outlier_share: float = 0.0,
 ) -> LayerMemory:
     """Add up what a layer holds.
 
@@ -69,6 +77,7 @@ def layer_memory(
         tokens: tokens held.
         quantized: tokens, and numbers, in the body.
         parts: ``(part, tensor, valid bytes)`` for every tensor held.
+        outlier_share: as in `LayerMemory`.
     """
     held = list(parts)
     sums = dict.fromkeys(PARTS, 0)
@@ -81,7 +90,7 @@ def layer_memory(
     sums["spare"] = tensor_bytes(tensor for _, tensor, _ in held) - sum(sums.values())
     places = dict.fromkeys(str(tensor.device) for _, tensor, _ in held)
     devices = {place: tensor_bytes(tensor for _, tensor, _ in held if str(tensor.device) == place) for place in places}
-    return LayerMemory(layer, tokens, quantized[0], quantized[1], sums, devices)
+    return LayerMemory(layer, tokens, quantized[0], quantized[1], sums, devices, outlier_share)
 
 
 @dataclass(frozen=True)
@@ -114,9 +123,9 @@ class MemoryReport:
 
     @property
     def bits_per_element(self) -> float | None:
-        """Stored bits (codes, scales, offsets, tables) over quantised numbers; None while there are none."""
+        """Stored bits (codes, scales, offsets, tables, outliers) over quantised numbers; None while there are none."""
         elements = sum(layer.quantized_elements for layer in self.layers)
-        return 8 * sum(self.parts[part] for part in ("codes", "scales", "tables")) / elements if elements else None
+        return 8 * sum(self.parts[part] for part in STORED) / elements if elements else None
 
     def to_dict(self) -> dict[str, object]:
         """Return plain builtins."""
@@ -131,6 +140,7 @@ class MemoryReport:
                     "layer": layer.layer,
                     "tokens": layer.tokens,
                     "quantized_tokens": layer.quantized_tokens,
+                    "outlier_share": layer.outlier_share,
                     "nbytes": layer.nbytes,
                     "bits_per_element": layer.bits_per_element,
                     "parts": dict(layer.parts),
@@ -159,6 +169,8 @@ class MemoryReport:
         with console.capture() as text:
             console.print(table)
         lines = [line.rstrip() for line in text.get().strip("\n").splitlines()]
+        if shares := sorted({layer.outlier_share for layer in self.layers if layer.outlier_share}):
+            lines.append(f"outliers: {' or '.join(f'{share:.1%}' for share in shares)} of quantised tokens kept exact")
         if len(self.devices) > 1:
             lines.append(", ".join(f"{name}: {format_bytes(size)}" for name, size in self.devices.items()))
         return "\n".join([*lines, f"attention: {self.attention}"] if self.attention else lines)

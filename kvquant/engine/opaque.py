@@ -13,9 +13,11 @@ from torch import Tensor
 from kvquant.engine.encode import EncodedOpaque, Encoder, Piece
 from kvquant.engine.grouping import rows_to_states
 from kvquant.engine.offload import Home
+from kvquant.engine.outliers import Outliers
 from kvquant.engine.state import Saved, Stack, State
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque
+from kvquant.transforms.frame import Frame
 
 
 class OpaquePage:
@@ -37,6 +39,7 @@ class OpaquePage:
         self._encoder, self._first_token, self._most = encoder, first_token, most
         self._kv_heads, self._head_dim, self._home = kv_heads, head_dim, home
         self._blocks: list[tuple[Opaque, ...]] = []
+        self._outliers: list[Outliers] = []  # of each block, where there are any
         self.length = 0
 
     @property
@@ -57,13 +60,15 @@ class OpaquePage:
     def write(self, piece: Piece, start: int, at: int) -> int:  # noqa: ARG002  # a block is written whole
         """Keep a block at token `at`, in place of what a crop or a failure left there; return its tokens."""
         block = cast("EncodedOpaque", piece)
-        del self._blocks[at // self._encoder.block :]
+        self.trim(at)
         self._blocks.append(tuple(_mapped(row, self._home.keep) for row in block.rows))
+        if block.outliers is not None:
+            self._outliers.append(block.outliers.mapped(self._home.keep))
         return block.tokens
 
     def discard(self) -> None:
         """Forget blocks that were written and never counted."""
-        del self._blocks[-(-self.length // self._encoder.block) :]
+        self.trim(self.length)
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
@@ -71,6 +76,15 @@ class OpaquePage:
         first, last = start // block, -(-stop // block)
         states = torch.cat([self._read_block(index, dtype) for index in range(first, last)], dim=2)
         return states[:, :, start - first * block : stop - first * block]
+
+    def with_outliers(self, states: Tensor, start: int, stop: int, frame: Frame | None) -> Tensor:
+        """Return `states` with those of outlier tokens exact, see `Page`."""
+        block = self._encoder.block
+        for index in range(start // block, -(-stop // block) if self._outliers else 0):
+            low, high = max(start, index * block), min(stop, (index + 1) * block)
+            of_block = states[:, :, low - start : high - start]
+            self._outliers[index].over(of_block, low - index * block, high - index * block, frame)
+        return states
 
     def _read_block(self, index: int, dtype: torch.dtype) -> Tensor:
         encoder = self._encoder
@@ -94,10 +108,12 @@ class OpaquePage:
         """Keep batch rows `indices`, in that order; a row kept twice shares its memory."""
         order = indices.tolist()
         self._blocks = [tuple(rows[index] for index in order) for rows in self._blocks]
+        self._outliers = [one.mapped(lambda tensor: tensor.index_select(0, indices)) for one in self._outliers]
 
     def trim(self, tokens: int) -> None:
         """Forget blocks that lie behind the first `tokens` tokens."""
         del self._blocks[-(-tokens // self._encoder.block) :]
+        del self._outliers[-(-tokens // self._encoder.block) :]
 
     def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> OpaquePage:
         """Return the same page with other tensors, see `Page`; batch rows that share memory go on sharing it."""
@@ -106,6 +122,7 @@ class OpaquePage:
         rows = {id(row): row for block in self._blocks for row in block}
         made = {known: _mapped(row, change) for known, row in rows.items()}
         page._blocks = [tuple(made[id(row)] for row in block) for block in self._blocks]
+        page._outliers = [one.mapped(change) for one in self._outliers]
         return page
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -114,6 +131,8 @@ class OpaquePage:
             for row in rows:
                 for tensor in row.tensors.values():
                     yield "codes", tensor, tensor.nbytes
+        for one in self._outliers:
+            yield from one.parts(one.block)
 
     def state(self) -> State:
         """Return what the page is. Blocks of one layout are stacked, and batch rows that share one are written once.
@@ -136,7 +155,12 @@ class OpaquePage:
         order = [[places[id(row)] for row in rows] for rows in self._blocks]
         state.tensors["order"] = torch.tensor(order, dtype=torch.int64)
         state.put_all("layouts", [_stacked(rows) for rows in layouts])
+        if self._outliers:
+            state.tensors.update(Outliers.joined(self._outliers, dim=2).tensors(self.length))
         return state
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return self._home.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def _layout(self, row: Opaque) -> tuple[object, ...]:
         """Return what two blocks must have in common to be stacked."""
@@ -151,13 +175,14 @@ class OpaquePage:
             raise BackendContractError(self._encoder.backend, problem)
         return text, *((name, tensor.shape, tensor.dtype) for name, tensor in row.tensors.items())
 
-    def restore(self, saved: Saved, length: int, batch: int) -> None:
+    def restore(self, saved: Saved, length: int, batch: int, dtype: torch.dtype) -> None:
         """Take on a saved state, in an empty page; the backend reads one block, so that it fails now or never.
 
         Args:
             saved: the state.
             length: tokens.
             batch: batch rows.
+            dtype: of the states.
 
         Raises:
             MisfitError: it is not one of a page like this.
@@ -171,6 +196,10 @@ class OpaquePage:
         moved = [[_mapped(row, self._home.keep) for row in rows] for rows in layouts]
         self._blocks = [tuple(moved[layout][at] for layout, at in places) for places in order]
         self.length = length
+        if kept := self._encoder.kept:
+            shape = (batch, self._kv_heads, length, self._head_dim)
+            outliers = Outliers.restored(saved, shape, dtype, self._encoder.block, kept)
+            self._outliers = [outliers.blocks(at, at + 1).mapped(self._own) for at in range(blocks)]
         try:
             self.dequantize(0, 1, torch.float32)
         except Exception as cause:  # the backend's own code, on data that may be anything

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvquant.engine.packing import WIDTHS
 from kvquant.errors import OptionValueError, UnknownOptionError, UnknownTransformError
@@ -25,6 +25,7 @@ LAYER_OPTIONS = (
     "smoothing_key",
     "smoothing_value",
     "scale_bits",
+    "outlier_share",
     "residual_length",
     "sink_length",
     "options",
@@ -36,12 +37,20 @@ SCALE_BITS = (8, 16)
 #: transformers' names for our options.
 ALIASES = {"q_group_size": "group_size"}
 
+#: The largest share of tokens that may be kept as outliers: with more, a longer window or more bits do better.
+MOST_KEPT = 0.5
+
 _LAYERS = "layer numbers from 0: 3, range(2, 6), or in text '3', '2-5' (both included) and '0,2-5'"
 
 
 def is_int(value: object, allowed: tuple[int, ...] | None = None) -> bool:
     """Whether `value` is a whole number (and one of `allowed`); True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and (allowed is None or value in allowed)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def rename_options(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "True or False")
         if option == "scale_bits" and not is_int(value, SCALE_BITS):
             raise OptionValueError(name, value, f"one of {', '.join(map(str, SCALE_BITS))}")
+        if option == "outlier_share" and not (is_number(value) and 0 <= value <= MOST_KEPT):
+            raise OptionValueError(name, value, f"a share of the tokens, from 0 to {MOST_KEPT}")
         if option.endswith("_length") and not (is_int(value) and value >= 0):
             raise OptionValueError(name, value, "a whole number of tokens, 0 or more")
         if option == "options":

@@ -18,10 +18,12 @@ from kvquant.engine.border import entries, format_of
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
+from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import packed_bytes, unpack
 from kvquant.engine.scales import Levels, read_offset, read_scale
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 from kvquant.engine.trellis import MOST_MEMORY, Taps, level_indices
+from kvquant.transforms.frame import Frame
 
 #: Bytes that an in-place selection may copy at once.
 _SELECT_BYTES = 1 << 22
@@ -53,7 +55,16 @@ class Page(Protocol):
         """Forget tokens that were written and never counted."""
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
+        """Return what codes say of tokens `start` to `stop`: ``[batch, kv_heads, stop - start, head_dim]``."""
+
+    def with_outliers(self, states: Tensor, start: int, stop: int, frame: Frame | None) -> Tensor:
+        """Return `states`, of tokens `start` to `stop`, written to: those of outlier tokens exact, see `outliers`.
+
+        Args:
+            states: ``[batch, kv_heads, stop - start, head_dim]``.
+            start, stop: the tokens.
+            frame: of the states, None for none.
+        """
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -87,6 +98,7 @@ class CanonicalPage:
         offset: like `scale`, or None.
         table: float32, what codes stand for, or None where they are their own numbers (affine).
         taps: of the trellis, or None where there is none.
+        outliers: tokens that have their states kept beside their codes, or None.
         length: valid tokens.
     """
 
@@ -101,6 +113,7 @@ class CanonicalPage:
         self.offset = None if like.offset is None else home.empty(self.scale.shape, like.scale.dtype)
         self.table = None if like.table is None else home.keep(like.table)
         self.taps = like.taps
+        self.outliers = None if like.outliers is None else like.outliers.room(capacity, home)
 
     @property
     def _tokens_per_scale(self) -> int:
@@ -139,13 +152,15 @@ class CanonicalPage:
         self.scale[:, :, target] = source.scale[:, :, origin]
         if self.offset is not None and source.offset is not None:
             self.offset[:, :, target] = source.offset[:, :, origin]
+        if self.outliers is not None and source.outliers is not None:
+            self.outliers.write(source.outliers, start, stop, at)
         return stop - start
 
     def discard(self) -> None:
         """Forget tokens that were written and never counted: they lie in spare capacity."""
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return tokens `start` to `stop` as ``[batch, kv_heads, stop - start, head_dim]``."""
+        """Return what codes say of tokens `start` to `stop`: ``[batch, kv_heads, stop - start, head_dim]``."""
         axis, group_size, per = self.scheme.axis, self.scheme.group_size, self._tokens_per_scale
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
@@ -156,6 +171,46 @@ class CanonicalPage:
             levels = Levels.of(self.scheme.nbits, self.table)
             states.add_(grouped_grid(read_offset(self.offset[:, :, first:last], scale, levels), axis))
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
+
+    def with_outliers(self, states: Tensor, start: int, stop: int, frame: Frame | None) -> Tensor:
+        """Return `states` with those of outlier tokens exact, see `Page`."""
+        return states if self.outliers is None else self.outliers.over(states, start, stop, frame)
+
+    def dequantize_each(self, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what the codes of single tokens stand for, of each batch row and head others.
+
+        Args:
+            at: int64 ``[batch, kv_heads, n]``, the tokens.
+            dtype: of what is returned.
+
+        Returns:
+            ``[batch, kv_heads, n, head_dim]``.
+        """
+        rows, groups = at // self._tokens_per_scale, self.scale.shape[3]
+        scale = read_scale(_picked(self.scale, rows), dtype)  # of each channel, or of each group of channels
+        codes = self._codes_each(at)
+        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[codes.int()]
+        states = numbers.unflatten(-1, (groups, -1)).mul_(scale.unsqueeze(-1))
+        if self.offset is not None:
+            levels = Levels.of(self.scheme.nbits, self.table)
+            states = states.add_(read_offset(_picked(self.offset, rows), scale, levels).unsqueeze(-1))
+        flat: Tensor = states.flatten(3)
+        return flat
+
+    def _codes_each(self, at: Tensor) -> Tensor:
+        """Return the codes of single tokens, or which entries of the table they stand for, see `dequantize_each`."""
+        if self.taps is None:
+            return unpack(_picked(self.codes, at), self.scheme.nbits, self.head_dim)
+        if self.scheme.axis == "token":
+            codes = unpack(_picked(self.codes, at), self.scheme.nbits, self.head_dim)
+            return level_indices(codes.unflatten(3, (-1, self.scheme.group_size)), self.taps, 4).flatten(3)
+        # The tokens before in the same group, as far as the register reaches; zeros where the group begins.
+        back = torch.arange(max(self.taps).bit_length() - 1, -1, -1, device=at.device)
+        inside = (at % self.scheme.group_size).unsqueeze(-1) >= back
+        past = (at.unsqueeze(-1) - back).clamp(min=0).flatten(2)
+        codes = unpack(_picked(self.codes, past), self.scheme.nbits, self.head_dim)
+        codes = codes.unflatten(2, inside.shape[2:]) * inside.unsqueeze(-1)
+        return level_indices(codes, self.taps, 3)[:, :, :, -1]
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
@@ -175,6 +230,7 @@ class CanonicalPage:
         """Keep batch rows `indices`, in that order."""
         self.codes, self.scale = _select(self.codes, indices), _select(self.scale, indices)
         self.offset = None if self.offset is None else _select(self.offset, indices)
+        self.outliers = None if self.outliers is None else self.outliers.mapped(lambda one: _select(one, indices))
 
     def trim(self, tokens: int) -> None:
         """Give back what lies behind the first `tokens` tokens."""
@@ -183,6 +239,7 @@ class CanonicalPage:
             self.codes = clone(self.codes[:, :, :tokens])
             self.scale = clone(self.scale[:, :, :scales])
             self.offset = None if self.offset is None else clone(self.offset[:, :, :scales])
+            self.outliers = None if self.outliers is None else self.outliers.trimmed(tokens)
 
     def mapped(self, change: Callable[[Tensor], Tensor], home: Home | None = None) -> CanonicalPage:  # noqa: ARG002
         """Return the same page with other tensors, see `Page`."""
@@ -190,6 +247,7 @@ class CanonicalPage:
         page.codes, page.scale = change(self.codes), change(self.scale)
         page.offset = None if self.offset is None else change(self.offset)
         page.table = None if self.table is None else change(self.table)
+        page.outliers = None if self.outliers is None else self.outliers.mapped(change)
         return page
 
     def parts(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -204,6 +262,8 @@ class CanonicalPage:
                 yield part, tensor, tensor.nbytes * rows // max(1, tensor.shape[2])
         if self.table is not None:
             yield "tables", self.table, self.table.nbytes
+        if self.outliers is not None:
+            yield from self.outliers.parts(self.length)
 
     def state(self) -> State:
         """Return what the page is, without its spare capacity."""
@@ -213,12 +273,15 @@ class CanonicalPage:
             "scale": self.scale[:, :, :scales],
             "offset": None if self.offset is None else self.offset[:, :, :scales],
             "table": self.table,
+            **({} if self.outliers is None else self.outliers.tensors(self.length)),
         }
         given: dict[str, Tensor | Stack] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return State(given, {"length": self.length, "capacity": self.capacity, "taps": self.taps and list(self.taps)})
 
     @classmethod
-    def restored(cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int) -> CanonicalPage:
+    def restored(
+        cls, encoder: Encoder, saved: Saved, shape: tuple[int, int, int, int], capacity: int, dtype: torch.dtype
+    ) -> CanonicalPage:
         """Return a page in a saved state.
 
         Where it has no room left its tensors are those read; else they are copied into tensors that have the room, so
@@ -229,6 +292,7 @@ class CanonicalPage:
             saved: the state.
             shape: of its states, ``[batch, kv_heads, tokens, head_dim]``.
             capacity: tokens that it has room for.
+            dtype: of the states.
 
         Raises:
             MisfitError: it is not one of a page like this.
@@ -253,6 +317,9 @@ class CanonicalPage:
             raise saved.misfit("has neither offset nor table, or both")
         if kind not in encoder.formats:
             raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")
+        page.outliers = None
+        if encoder.kept:
+            page.outliers = Outliers.restored(saved, shape, dtype, page._block, encoder.kept).grown(capacity)
         page.codes = _with_room(page.codes, capacity)
         page.scale = _with_room(page.scale, -(-capacity // per))
         page.offset = None if page.offset is None else _with_room(page.offset, -(-capacity // per))
@@ -282,6 +349,12 @@ def _with_room(tensor: Tensor, tokens: int) -> Tensor:
     roomy = empty_like(tensor, (*tensor.shape[:2], tokens, tensor.shape[3]))
     roomy[:, :, :held] = tensor
     return roomy
+
+
+def _picked(tensor: Tensor, at: Tensor) -> Tensor:
+    """Return rows ``[batch, kv_heads, n, width]`` of a tensor ``[batch, kv_heads, tokens, width]``, those at `at`."""
+    first = torch.arange(0, tensor.shape[:3].numel(), tensor.shape[2], device=at.device).reshape(*at.shape[:2], 1)
+    return tensor.flatten(0, 2).index_select(0, (at + first).flatten()).reshape(*at.shape, tensor.shape[3])
 
 
 def _select(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class LayerSettings:
     value: StreamSettings
     residual_length: int
     sink_length: int
+    outlier_share: float = 0.0
 
     def policy(self, key_scheme: Scheme, value_scheme: Scheme, span: int | None = None) -> WindowPolicy:
         """Return the window policy for these schemes; `span` is the most tokens that a later query sees."""
@@ -153,7 +154,8 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
             # when the first states come.
             backend.create(scheme)
         streams.append(settings)
-    return LayerSettings(streams[0], streams[1], options["residual_length"], options["sink_length"])
+    lengths = options["residual_length"], options["sink_length"]
+    return LayerSettings(streams[0], streams[1], *lengths, options["outlier_share"])
 
 
 def compute_dtype(config: CacheConfig, states: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvquant.engine.departed import Departed
+from kvquant.engine.outliers import kept_bytes
 from kvquant.engine.packing import packed_bytes
 from kvquant.engine.state import Saved, State, dtype_name
 from kvquant.engine.store import Store
@@ -26,6 +27,8 @@ def store_state(store: Store) -> State:
     sizes = {"batch": store.batch, "kv_heads": store.kv_heads, "head_dim": store.head_dim}
     how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
     state = State(meta={**sizes, "dtype": dtype_name(store.dtype), **how, "block": store.policy.block})
+    if store.body.encoder.kept:
+        state.meta["kept"] = store.body.encoder.kept
     if store.sink is not None and store.sink.shape[2]:
         state.tensors["sink"] = store.sink
     if store.departed is not None:
@@ -47,7 +50,9 @@ def store_room(store: Store, saved: Saved) -> int:
     scheme = store.body.encoder.scheme
     # A scale and an offset, as wide as they get, for each group.
     quantized: int = packed_bytes(store.head_dim, scheme.nbits) + 16 * -(-store.head_dim // scheme.group_size)
-    body = store.policy.page_capacity(0, 0) * quantized
+    page = store.policy.page_capacity(0, 0)
+    outliers = kept_bytes(store.body.encoder.kept, store.head_dim, store.dtype.itemsize)
+    body = page * quantized + page // store.policy.block * outliers
     return store.batch * store.kv_heads * (exact + body)
 
 
@@ -62,6 +67,9 @@ def restore_store(store: Store, saved: Saved) -> None:
     for name, here in {**how, "block": store.policy.block}.items():
         if saved.value(name) != here:
             raise saved.misfit(f"was quantised with {name}={saved.value(name)!r}, and the config asks for {here!r}")
+    if (kept := saved.value("kept") or 0) != store.body.encoder.kept:
+        asked = store.body.encoder.kept
+        raise saved.misfit(f"has {kept!r} outlier tokens in each block, and the config asks for {asked}")
     store.body.restore(saved.part("body"), store.batch)
     if len(store.body):
         shape = (store.batch, store.kv_heads, store.in_front, store.head_dim)

@@ -1,4 +1,4 @@
-"""The frame in which a stream is quantised: smoothed first, then mapped by a transform; and what that does to attention."""
+"""The frame in which a stream is quantised: smoothed, then mapped by a transform; and what that does to attention."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder
 from kvquant.engine.memory import layer_memory
+from kvquant.engine.outliers import kept_bytes
 from kvquant.evaluation.planning.occupancy import Occupancy
 
 #: Blocks that are quantised to see how.
@@ -54,6 +55,7 @@ class CanonicalLayout:
         table_bytes: of a codebook's table, where each page keeps one of its own.
         shared: a codebook's table, where it is one and the same.
         wider: how many times larger scales are in the wider type.
+        block, outlier_bytes: tokens of a block, and bytes of the outlier tokens of one block of one head.
     """
 
     code_bytes: int
@@ -62,6 +64,8 @@ class CanonicalLayout:
     table_bytes: int
     shared: tuple[Tensor, ...]
     wider: int
+    block: int
+    outlier_bytes: int
     shared_part: str = "tables"
 
     def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
@@ -69,11 +73,14 @@ class CanonicalLayout:
         per, rows = self.tokens_per_scale, batch * heads
         scales = sum(-(-length // per) for length, _ in held.pages)
         room, room_for_scales = sum(room for _, room in held.pages), sum(room // per for _, room in held.pages)
+        unused, unused_scales = room - held.body, room_for_scales - scales
+        spare = unused * self.code_bytes + unused_scales * self.scale_bytes + unused // self.block * self.outlier_bytes
         return {
             "codes": rows * held.body * self.code_bytes,
             "scales": rows * scales * self.scale_bytes,
             "tables": len(held.pages) * self.table_bytes,
-            "spare": rows * ((room - held.body) * self.code_bytes + (room_for_scales - scales) * self.scale_bytes),
+            "outliers": rows * held.body // self.block * self.outlier_bytes,
+            "spare": rows * spare,
         }
 
     def widest(self) -> CanonicalLayout:
@@ -88,46 +95,52 @@ class OpaqueLayout:
     Attributes:
         block: tokens of a block.
         block_bytes, block_spare: of the tensors of one block of all heads, and of what lies unused in their memory.
+        outlier_bytes: of the outlier tokens of one block of one head.
         shared: what all blocks share.
     """
 
     block: int
     block_bytes: int
     block_spare: int
+    outlier_bytes: int
     shared: tuple[Tensor, ...]
     shared_part: str = "codes"
 
-    def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:  # noqa: ARG002  # of all heads
+    def parts(self, held: Occupancy, batch: int, heads: int) -> dict[str, int]:
         """Return bytes by part."""
         blocks = batch * held.body // self.block
-        return {"codes": blocks * self.block_bytes, "spare": blocks * self.block_spare}
+        return {
+            "codes": blocks * self.block_bytes,
+            "outliers": blocks * heads * self.outlier_bytes,
+            "spare": blocks * self.block_spare,
+        }
 
     def widest(self) -> OpaqueLayout:
         """Return the same: the core knows of no scales in it."""
         return self
 
 
-def find_layout(encoder: Encoder, kv_heads: int, head_dim: int, device: torch.device) -> Layout:
+def find_layout(encoder: Encoder, like: Tensor) -> Layout:
     """Quantise unit normal numbers as a cache would, and look at what comes back.
 
     Args:
         encoder: of the stream, with the real backend.
-        kv_heads, head_dim: of the states.
-        device: where to quantise.
+        like: ``[any, kv_heads, any, head_dim]``, gives heads, channels, type and device of the states.
 
     Raises:
         QuantizationError, BackendContractError: the backend fails.
     """
-    is_opaque = "opaque" in encoder.formats
+    is_opaque, kv_heads, head_dim = "opaque" in encoder.formats, like.shape[1], like.shape[3]
+    outlier_bytes = kept_bytes(encoder.kept, head_dim, like.element_size())
     shape = (1, kv_heads if is_opaque else 1, _BLOCKS * encoder.block, head_dim)
-    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device)
     pieces = [piece for block in states.split(encoder.block, dim=2) for piece in encoder.encode(block, 0)]
     if is_opaque:
-        return _opaque(encoder, [piece for piece in pieces if isinstance(piece, EncodedOpaque)])
-    return _canonical(encoder, [piece for piece in pieces if isinstance(piece, Encoded)])
+        return _opaque(encoder, [piece for piece in pieces if isinstance(piece, EncodedOpaque)], outlier_bytes)
+    return _canonical(encoder, [piece for piece in pieces if isinstance(piece, Encoded)], outlier_bytes)
 
 
-def _canonical(encoder: Encoder, pieces: list[Encoded]) -> CanonicalLayout:
+def _canonical(encoder: Encoder, pieces: list[Encoded], outlier_bytes: int) -> CanonicalLayout:
     piece = pieces[-1]
     tables = [piece.table for piece in pieces if piece.table is not None]
     shared = tuple(_common(tables[:1], tables[1:]))
@@ -138,15 +151,17 @@ def _canonical(encoder: Encoder, pieces: list[Encoded]) -> CanonicalLayout:
         table_bytes=tables[0].nbytes if tables and not shared else 0,
         shared=shared,
         wider=encoder.border.wide_dtype.itemsize // piece.scale.element_size(),
+        block=encoder.block,
+        outlier_bytes=outlier_bytes,
     )
 
 
-def _opaque(encoder: Encoder, pieces: list[EncodedOpaque]) -> OpaqueLayout:
+def _opaque(encoder: Encoder, pieces: list[EncodedOpaque], outlier_bytes: int) -> OpaqueLayout:
     first, second = ([tensor for row in piece.rows for tensor in row.tensors.values()] for piece in pieces)
     shared = list(_common(first, second))
     known = {id(tensor) for tensor in shared}
     memory = layer_memory(0, 0, (0, 0), [("codes", one, one.nbytes) for one in first if id(one) not in known])
-    return OpaqueLayout(encoder.block, memory.parts["codes"], memory.parts["spare"], tuple(shared))
+    return OpaqueLayout(encoder.block, memory.parts["codes"], memory.parts["spare"], outlier_bytes, tuple(shared))
 
 
 def _common(first: Iterable[Tensor], second: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -220,7 +220,7 @@ def _quantized(
     policy = layer.policy(*(encoder.scheme for encoder in encoders))
     key, value = (
         _Stream(
-            find_layout(encoder, empty.shape[1], empty.shape[3], device),
+            find_layout(encoder, empty),
             empty.shape[1],
             empty.shape[3],
             empty.shape[1] * empty.shape[3] * empty.element_size(),

@@ -22,12 +22,13 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 #: Shared memory that the smallest of the GPUs with bfloat16 tensor cores gives a program (capability 8.6 and 8.9).
 SHARED_MEMORY = 99 * 1024
 
-#: ``(format, axes, bits, group size, head dims, ratio, query tokens, mask)``
+#: ``(format, axes, bits, group size, head dims, ratio, query tokens, mask)``; every other one has outliers.
 CASES = [
     ("affine", ("channel", "token"), (4, 4), 64, (128, 128), 4, 1, None),
     ("affine", ("token", "channel"), (3, 8), 16, (80, 96), 1, 1, torch.bool),
@@ -73,9 +74,11 @@ def main(capability):
         kvquant.register(BackendSpec(f"test-{kind}", factory, Capabilities(nbits=(1, 2, 3, 4, 8), formats=(kind,))))
     for name in ("attend_split", "merge_splits"):
         setattr(triton_device, name, Compiled(getattr(triton_device, name), capability))
-    for kind, axes, bits, group_size, widths, ratio, queries, mask in CASES:
+    for at, (kind, axes, bits, group_size, widths, ratio, queries, mask) in enumerate(CASES):
         options = {"axis_key": axes[0], "axis_value": axes[1], "nbits_key": bits[0], "nbits_value": bits[1]}
-        config = CacheConfig(backend=f"test-{kind}", group_size=group_size, residual_length=8, **options)
+        config = CacheConfig(
+            backend=f"test-{kind}", group_size=group_size, residual_length=8, outlier_share=at % 2 / 10, **options
+        )
         layer = QuantizedLayer(config, 0)
         layer.update(*(torch.randn(2, 2, 700, width) for width in widths))
         keys, values = (store.body for store in layer.stores)

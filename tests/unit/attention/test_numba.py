@@ -151,6 +151,7 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
     rotations=st.tuples(*[st.sampled_from([None, "hadamard", "random"])] * 2),
     smoothing=st.tuples(st.booleans(), st.booleans()),
     scale_bits=st.sampled_from([8, 16]),
+    outliers=st.sampled_from([0, 0.01, 0.2]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_fused_equals_dequantised(
@@ -167,6 +168,7 @@ def test_fused_equals_dequantised(
     rotations,
     smoothing,
     scale_bits,
+    outliers,
     seed,
 ):
     """For all that varies from call to call, over every kind of stream."""
@@ -182,6 +184,7 @@ def test_fused_equals_dequantised(
         smoothing_key=smoothing[0],
         smoothing_value=smoothing[1],
         scale_bits=scale_bits,
+        outlier_share=outliers,
     )
     heads = 2 * kind.groups
     query = torch.randn(batch, heads, queries, kind.widths[0]).to(dtype)
@@ -219,9 +222,10 @@ def test_states_of_any_type(dtype):
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[6]], ids=str)
-def test_pages_that_end_anywhere(kind):
+@pytest.mark.parametrize("outliers", [0, 0.1])
+def test_pages_that_end_anywhere(kind, outliers):
     """After crops into the body, with key and value pages of other lengths and scales that became wide."""
-    layer, _ = filled(kind, 400, sink_length=2)
+    layer, _ = filled(kind, 400, sink_length=2, outlier_share=outliers)
     width = kind.widths
     for tokens, crop, size in ((100, 130, 1.0), (333, 50, 1e5), (77, 201, 1.0)):
         layer.crop(-crop)

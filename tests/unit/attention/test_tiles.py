@@ -9,15 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kvquant.attention import tiles
 from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine import encode
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS, exact_attention
+from tests.support import FORMATS, Largest, exact_attention
 
 pytestmark = pytest.mark.usefixtures("formats")
 
@@ -53,6 +51,7 @@ MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
     rotations=st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2),
     smoothing=st.tuples(st.booleans(), st.booleans()),
     scale_bits=st.sampled_from([8, 16]),
+    outliers=st.sampled_from([0, 0, 0.01, 0.3]),
 )
 def test_fused_equals_dequantised(
     kind,
@@ -71,6 +70,7 @@ def test_fused_equals_dequantised(
     rotations,
     smoothing,
     scale_bits,
+    outliers,
 ):
     """For every format, axis, width, grouped-query ratio, mask, scale, dtype, rotation and tile."""
     layer, (keys, values) = filled(
@@ -89,6 +89,7 @@ def test_fused_equals_dequantised(
         smoothing_key=smoothing[0],
         smoothing_value=smoothing[1],
         scale_bits=scale_bits,
+        outlier_share=outliers,
     )
     heads = 2 * groups
     query = torch.randn(batch, heads, queries, widths[0]).to(dtype)
@@ -156,26 +157,6 @@ def test_attention_computes_in_the_dtype_asked_for(dtype, tolerance):
     assert fused.dtype == torch.float32
     expected = exact_attention(query, layer.keys, layer.values)
     torch.testing.assert_close(fused.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the bytes of every tensor that is made and does not end up in `kept`."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given_ = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_:
-                self.made.append((tensor.untyped_storage().data_ptr(), tensor.nbytes))
-        return out
-
-    def temporary(self, layer):
-        kept = {tensor.untyped_storage().data_ptr() for store in layer.stores for _, tensor, _ in store.parts()}
-        return max(nbytes for address, nbytes in self.made if address not in kept)
 
 
 def test_no_temporary_of_a_decode_step_grows_with_the_context():

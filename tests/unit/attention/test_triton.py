@@ -120,6 +120,7 @@ def layouts(draw):
         "rotation_key": rotations[0],
         "rotation_value": rotations[1],
         "scale_bits": draw(st.sampled_from([8, 16])),
+        "outlier_share": draw(st.sampled_from([0, 0, 0.01, 0.1])),
     }
 
 
@@ -165,9 +166,10 @@ def test_fused_equals_dequantised(
     )  # fmt: skip
 
 
-def test_tokens_added_since_a_crop_have_a_page_of_their_own():
+@pytest.mark.parametrize("outliers", [0, 0.1])
+def test_tokens_added_since_a_crop_have_a_page_of_their_own(outliers):
     """A page that ends inside a group is followed by another, which begins a group."""
-    keys, values = filled(300, again=45, group_size=32, sink_length=2)
+    keys, values = filled(300, again=45, group_size=32, sink_length=2, outlier_share=outliers)
     assert len(keys.body.pages) > 1
     assert keys.body.pages[0].length % 32
     check(torch.randn(1, 4, 3, 32), keys, values)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("formats")
 
 
 def make(kind="affine", residual=12, sink=0, window=None, group=4):
-    options = {"backend": f"test-{kind}", "group_size": group, "nbits": 2}
+    options = {"backend": f"test-{kind}", "group_size": group, "nbits": 2, "outlier_share": 0.1}
     config = CacheConfig(**options, residual_length=residual, sink_length=sink)
     layer = QuantizedLayer(config, 0) if window is None else QuantizedSlidingLayer(config, 0, window)
     layer.activate_past_recording()

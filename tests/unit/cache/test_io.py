@@ -35,6 +35,7 @@ OPTIONS = st.fixed_dictionaries(
         "axis_value": st.sampled_from(["channel", "token"]),
         "group_size": st.sampled_from([4, 8]),
         "rotation_key": st.sampled_from([None, "hadamard", "random"]),
+        "outlier_share": st.sampled_from([0, 0, 0.1]),
         "residual_length": st.integers(0, 20),
         "sink_length": st.integers(0, 6),
         "layers": st.sampled_from([{}, {1: {"backend": "test-affine", "nbits": 3, "sink_length": 1}}]),

@@ -137,6 +137,10 @@ def nested(told):
     [
         (lambda told: told["config"].update(nbits=4), "quantised with nbits=3, and the config asks for 4"),
         (lambda told: told["config"].update(group_size=16), "quantised with group_size=8"),
+        (
+            lambda told: told["config"].update(outlier_share=0.2),
+            "has 0 outlier tokens in each block, and the config asks",
+        ),
         (lambda told: told["config"].update(sink_length=3), "has sink of shape"),
         (lambda told: told["config"].update(secret=1), "unknown option 'secret'"),
         (lambda told: told["config"].update(layers={"0-99999999999": {"nbits": 2}}), "4096 layers are the most"),

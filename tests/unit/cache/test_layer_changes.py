@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("formats")
 @pytest.mark.parametrize("removed", [0, 20])
 def test_assigning_keys_alone_replaces_them_and_leaves_values(kind, removed):
     """What was exact is exact, what was quantised is quantised anew, also in pages that a crop cut inside a group."""
-    layer = make(backend=f"test-{kind}", nbits=8, sink_length=2)
+    layer = make(backend=f"test-{kind}", nbits=8, sink_length=2, outlier_share=0.1)
     layer.update(states(61), states(61))
     layer.crop(-removed)
     values, new = layer.values, states(61 - removed)

@@ -24,7 +24,7 @@ from tests.unit.cache.files import assert_same
 from tests.unit.cache.helpers import assert_unchanged, make, snapshot, states
 from tests.unit.cache.test_invariants import CacheMachine
 
-OPTIONS = {"group_size": 8, "residual_length": 8, "sink_length": 3}
+OPTIONS = {"group_size": 8, "residual_length": 8, "sink_length": 3, "outlier_share": 0.1}
 KINDS = ("test-affine", "test-codebook", "test-opaque")
 
 pytestmark = pytest.mark.usefixtures("formats")

@@ -54,8 +54,8 @@ SPLITS = st.lists(st.one_of(st.integers(1, 12), st.integers(0, 300)), min_size=1
 @settings(max_examples=25, deadline=None)
 def test_what_is_in_view_is_what_a_layer_that_forgets_nothing_holds(lengths, kind, sink, window):
     """However the tokens come: blocks begin at the same tokens, and each is quantised as it would have been."""
-    sliding = make(window, backend=f"test-{kind}", sink_length=sink)
-    whole = QuantizedLayer(config(f"test-{kind}", sink_length=sink), 0)
+    sliding = make(window, backend=f"test-{kind}", sink_length=sink, outlier_share=0.1)
+    whole = QuantizedLayer(config(f"test-{kind}", sink_length=sink, outlier_share=0.1), 0)
     theirs = DynamicSlidingWindowLayer(window)
     for pair in pairs(lengths):
         sizes = sliding.get_mask_sizes(pair[0].shape[2])
@@ -252,7 +252,7 @@ def gemma(window=80):
 
 
 def filled(lengths, kind="affine", window=80, sink=0):
-    options = {**OPTIONS, "backend": f"test-{kind}", "sink_length": sink}
+    options = {**OPTIONS, "backend": f"test-{kind}", "sink_length": sink, "outlier_share": 0.1}
     cache = QuantizedCache(config=gemma(window), **options)
     for pair in pairs(lengths):
         for layer in (0, 1):

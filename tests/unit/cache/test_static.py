@@ -59,7 +59,7 @@ def dense(handed_out):
 @pytest.mark.parametrize("sink", [0, 3])
 def test_it_holds_what_a_layer_that_grows_holds(kind, sink):
     """In every format, after a prefill and many steps."""
-    options = {"backend": f"test-{kind}", "sink_length": sink}
+    options = {"backend": f"test-{kind}", "sink_length": sink, "outlier_share": 0.1}
     fixed, other = make(**options), growing(**options)
     filled(fixed, steps=20)
     filled(other, steps=20)
