@@ -1,4 +1,4 @@
-"""The four backends that come with kvquant pass the kit, with the real libraries and every value of every option."""
+"""The backends that come with kvquant pass the kit, with the real libraries and every value of every option."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from kvquant.testing.checks import CHECKS
 CONFIGURATIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...] = (
     ("reference", {}, None),
     ("reference", {"scale": "error"}, None),
+    ("lloydmax", {}, None),
+    ("lloydmax", {"scale": "norm"}, None),
     ("hqq", {}, None),
     ("hqq", {"optimize": False}, None),
     ("quanto", {}, None),
@@ -37,7 +39,7 @@ def test_it_passes_the_kit(backend: str, options: dict[str, Any], nbits: tuple[i
 
 def test_every_option_is_checked() -> None:
     """An option that is added here must be added above."""
-    for name in ("reference", "hqq", "quanto", "bitsandbytes"):
+    for name in ("reference", "lloydmax", "hqq", "quanto", "bitsandbytes"):
         tried = {option for backend, options, _ in CONFIGURATIONS if backend == name for option in options}
         assert tried == set(get_backend(name).capabilities.options)
 
