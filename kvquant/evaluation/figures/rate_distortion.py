@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvquant.evaluation.figures import MARKERS
+from kvquant.evaluation.figures.names import write_names
 from kvquant.evaluation.figures.perplexity import family
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 #: What kinds of states and streams are called in headings.
 STATES = {"gaussian": "unit Gaussian states", "outliers": "states with outlier channels"}
 STREAMS = {"key": "keys", "value": "values"}
-
-#: Distance between two labels at least, as a share of a panel's height.
-_APART = 0.055
 
 
 def draw(report: RateDistortionReport) -> Figure:
@@ -63,34 +61,5 @@ def _panel(
             look: dict[str, Any] = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
             panel.plot(*zip(*points, strict=True), markersize=4.5, linewidth=1, **look)
             ends.append((*points[-1], name, look["color"]))
-    _name(panel, ends)
     panel.grid(visible=True, which="major", alpha=0.3)
-
-
-def _name(panel: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names right of a panel, each at the height of its line's end or as near to it as the others let it."""
-    from scipy.optimize import isotonic_regression
-
-    to_share = panel.transData + panel.transAxes.inverted()
-    placed = sorted((float(to_share.transform((x, y))[1]), x, y, name, color) for x, y, name, color in ends)
-    # Nearest in the sense of least squares, in order, and each so far above the one before it.
-    steps = [_APART * index for index in range(len(placed))]
-    heights = isotonic_regression([place[0] - step for place, step in zip(placed, steps, strict=True)]).x
-    for height, step, (_, x, y, name, color) in zip(heights, steps, placed, strict=True):
-        panel.annotate(
-            name,
-            (x, y),
-            (1.03, height + step),
-            textcoords="axes fraction",
-            color=color,
-            fontsize=7.5,
-            va="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "relpos": (0, 0.5),
-                "color": color,
-                "linewidth": 0.5,
-                "alpha": 0.6,
-                "shrinkB": 3,
-            },
-        )
+    write_names(panel, ends)
