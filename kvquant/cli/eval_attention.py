@@ -142,7 +142,8 @@ def _layers(rows: list[AttentionRow]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right")
     for row in rows:
-        table.add_column(escape(row.cache), justify="right", overflow="fold", max_width=22)
+        options_below = row.cache.replace(":", ":\n") if "=" in row.cache else row.cache
+        table.add_column(escape(options_below), justify="right", overflow="fold")
     for same in zip(*(row.layers for row in rows), strict=True):
         table.add_row(str(same[0].layer), *(f"{100 * one.output:.3g}" for one in same))
     return table

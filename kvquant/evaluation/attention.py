@@ -193,7 +193,7 @@ def _record(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend, as transformers asks of an attention function, and keep what came."""
-    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     layer = getattr(module, "layer_idx", None)
     if layer is not None:
         found[layer] = Recorded(query[:, :, -queries:].clone(), key, value, options)
@@ -251,12 +251,12 @@ def _attended(query: Tensor, keys: Tensor, values: Tensor, options: dict[str, An
     if isinstance(keys, LazyStates):
         mixed = keys.attend(query, keys, values, None, gqa=True, is_causal=False, **options)
     if mixed is None:
-        exact = (
-            Exact(states.dequantize() if isinstance(states, LazyStates) else states.to(query.dtype))
-            for states in (keys, values)
-        )
-        mixed = attend(query, *exact, None, is_causal=False, **options)
+        mixed = attend(query, _exact(keys, query), _exact(values, query), None, is_causal=False, **options)
     return mixed
+
+
+def _exact(states: Tensor, query: Tensor) -> Exact:
+    return Exact(states.dequantize() if isinstance(states, LazyStates) else states.to(query.dtype))
 
 
 def changed_error(exact: Tensor, held: Tensor) -> float:

@@ -19,7 +19,7 @@ def draw(report: AttentionReport) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     contexts = list(dict.fromkeys(row.context for row in report.rows))
-    figure = Figure(figsize=(6.4 * len(contexts), 4.6), layout="constrained")
+    figure = Figure(figsize=(9 * len(contexts), 4.6), layout="constrained")
     panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
     named = []
     for panel, context in zip(panels, contexts, strict=True):

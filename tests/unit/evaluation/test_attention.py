@@ -75,7 +75,7 @@ def outputs_of(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
 )
 @torch.no_grad()
 def test_exact_states_decode_to_the_model_s_own_output(config: Any) -> None:
-    """Of its eager attention, layer by layer; with the layers of its own cache, and those of ours while all is exact."""
+    """Of its eager attention, layer by layer; with its own cache, and with ours while all is exact."""
     model = tiny(config)
     tokens = torch.randint(50, (1, 60), generator=torch.Generator().manual_seed(1))
     states = record(model, DynamicCache(config=model.config), tokens, 20)
