@@ -13,6 +13,11 @@ EVALUATIONS: dict[str, Place] = {
         "perplexity",
         "Perplexity, KL divergence and agreement through the cache.",
     ),
+    "attention": (
+        "kvquant.cli.eval_attention",
+        "attention",
+        "Error of attention's output, layer by layer, on recorded states.",
+    ),
     "needle": (
         "kvquant.cli.eval_needle",
         "needle",

@@ -30,8 +30,17 @@ COMMANDS = {
         "compare_backends",
         "Compare backends on the same states: bits, error, speed.",
     ),
+    "rate-distortion": (
+        "kvquant.cli.rate_distortion",
+        "rate_distortion",
+        "Measure error against bits, beside Shannon's bound.",
+    ),
     "demo": ("kvquant.cli.demo", "demo", "Generate text with a quantised cache, beside the full-precision one."),
-    "eval": ("kvquant.cli.eval", "evaluate", "Measure what quantised caches keep: perplexity, needle, LongBench."),
+    "eval": (
+        "kvquant.cli.eval",
+        "evaluate",
+        "Measure what quantised caches keep: perplexity, attention, needle, LongBench.",
+    ),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
     "plan": ("kvquant.cli.plan", "plan", "Say what a cache will take, and what fits, from a model's config alone."),
     "cache": ("kvquant.cli.cache", "cache", "Save the cache of a long prompt, look at it, check it."),

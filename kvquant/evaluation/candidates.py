@@ -16,6 +16,7 @@ from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import OWN_QUANTIZED_LAYER
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig
+from kvquant.engine.memory import layer_memory
 from kvquant.engine.options import ALIASES, rename_options
 from kvquant.engine.settings import layer_settings
 from kvquant.engine.typed import parse_value
@@ -318,3 +319,38 @@ def held_states(layer: CacheLayerMixin) -> tuple[Any, Any]:
 def is_quantized(layer: Any) -> bool:
     """Whether a layer of a cache quantises."""
     return isinstance(layer, (QuantizedLayer, OWN_QUANTIZED_LAYER))
+
+
+@dataclass(frozen=True)
+class QuantizedStream:
+    """What a layer has quantised of its keys, or of its values.
+
+    Attributes:
+        start, stop: the first of these tokens, and the first behind them.
+        bits_per_element: bits of codes, scales, offsets and tables over the numbers that they stand for.
+        axis: what shares a scale; None where transformers' integers say it.
+    """
+
+    start: int
+    stop: int
+    bits_per_element: float
+    axis: str | None
+
+
+def quantized_streams(layer: Any) -> tuple[QuantizedStream, ...]:
+    """Return what a layer has quantised of its keys and of its values; empty while there is nothing."""
+    if isinstance(layer, QuantizedLayer):
+        streams = []
+        for store in layer.stores if layer.is_initialized else ():
+            numbers = len(store.body) * store.batch * store.kv_heads * store.head_dim
+            bits = layer_memory(0, len(store), (len(store.body), numbers), store.parts()).bits_per_element
+            if bits is not None:
+                start = store.sink_tokens
+                streams.append(QuantizedStream(start, start + len(store.body), bits, store.body.encoder.scheme.axis))
+        return tuple(streams)
+    if not isinstance(layer, OWN_QUANTIZED_LAYER) or layer._quantized_keys is None:
+        return ()
+    pair = [(states, layer._dequantize(states)) for states in (layer._quantized_keys, layer._quantized_values)]
+    return tuple(
+        QuantizedStream(0, read.shape[2], 8 * held_bytes(states) / read.numel(), None) for states, read in pair
+    )

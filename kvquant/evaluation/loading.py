@@ -105,7 +105,7 @@ class LoadedModel:
             "attention": attention,
             "kernel": describe(self.device.type).partition(";")[0],
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -151,7 +151,8 @@ def hash_tokens(tokens: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of kvquant and of the libraries that results may depend on, by distribution."""
     versions = {"kvquant": __version__}
     for distribution in _DISTRIBUTIONS:
         try:

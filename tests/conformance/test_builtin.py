@@ -14,6 +14,8 @@ from kvquant.testing.checks import CHECKS
 CONFIGURATIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...] = (
     ("reference", {}, None),
     ("reference", {"scale": "error"}, None),
+    ("lloydmax", {}, None),
+    ("lloydmax", {"scale": "norm"}, None),
     ("hqq", {}, None),
     ("hqq", {"optimize": False}, None),
     ("quanto", {}, None),
@@ -39,7 +41,7 @@ def test_it_passes_the_kit(backend: str, options: dict[str, Any], nbits: tuple[i
 
 def test_every_option_is_checked() -> None:
     """An option that is added here must be added above."""
-    for name in ("reference", "hqq", "quanto", "bitsandbytes", "trellis"):
+    for name in ("reference", "lloydmax", "trellis", "hqq", "quanto", "bitsandbytes"):
         tried = {option for backend, options, _ in CONFIGURATIONS if backend == name for option in options}
         assert tried == set(get_backend(name).capabilities.options)
 

@@ -71,7 +71,7 @@ def test_fresh_caches_of_every_kind():
         (
             "hqqq:2",
             UnknownOptionError,
-            "unknown backend 'hqqq'. Did you mean 'hqq'? Known backends: bitsandbytes, hqq,",
+            "unknown backend 'hqqq'. Did you mean 'hqq'? Known backends: bitsandbytes, hqq, lloydmax,",
         ),
         ("kivi-3", UnknownOptionError, "unknown backend 'kivi-3'. Did you mean 'kivi-"),
         ("reference:5", OptionValueError, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8."),

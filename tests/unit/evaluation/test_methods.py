@@ -40,7 +40,7 @@ def test_every_usable_backend_with_all_that_it_declares() -> None:
         Method("quanto", nbits, axis) for nbits in (2, 4, 8) for axis in ("channel", "token")
     ]
     assert methods[0] == Method("reference", 1, "channel")
-    assert {method.backend for method in methods} >= {"reference", "hqq", "quanto", "bitsandbytes"}
+    assert {method.backend for method in methods} >= {"reference", "lloydmax", "hqq", "quanto", "bitsandbytes"}
 
 
 def test_a_backend_that_cannot_be_used_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_where_no_backend_can_be_used_there_is_nothing_to_compare(monkeypatch: p
     monkeypatch.setenv("KVQUANT_LOAD_BACKENDS", "nothing")
     with pytest.raises(UnsupportedError) as caught:
         find_methods()
-    for name in ("reference", "hqq", "quanto", "bitsandbytes"):
+    for name in ("reference", "lloydmax", "hqq", "quanto", "bitsandbytes"):
         assert f"kvquant:{name}: the environment's KVQUANT_LOAD_BACKENDS" in str(caught.value)
 
 

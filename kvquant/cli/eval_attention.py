@@ -1,0 +1,149 @@
+"""`kvquant eval attention`: the error of attention's output on states recorded from a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvquant.cli.console import interval_text
+from kvquant.cli.eval_options import (
+    cache_options,
+    candidates,
+    interruptible,
+    model,
+    model_options,
+    read_text,
+    results_only,
+    run_options,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvquant.evaluation.attention import AttentionOptions, AttentionReport, AttentionRow
+    from kvquant.evaluation.loading import LoadedModel
+
+
+@click.command("attention")
+@model_options
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text in UTF-8 that the model reads [default: the held-out text of the shipped model].",
+)
+@click.option("--contexts", default="1024", show_default=True, help="Tokens in the cache at the end, such as 512,4k.")
+@click.option(
+    "--queries",
+    default=32,
+    show_default=True,
+    help="Tokens at the end that are decoded, and whose output is looked at.",
+)
+@click.option("--windows", default=4, show_default=True, help="Pieces of the text for each context at most.")
+@cache_options
+@run_options
+@interruptible
+def attention(as_json: bool, text: Path | None, plot: Path | None, output: Path | None, **chosen: Any) -> None:
+    """Measure the error of attention's output on states recorded from a model, layer by layer.
+
+    The model reads a text in full precision; queries, keys and values of every layer are kept. Each layer is then
+    decoded anew over each cache: the last tokens come one at a time, and the output of attention is compared with that
+    over exact states. Beside it stand the errors of keys and values alone. Intervals are for 95 %, from pieces of the
+    text drawn again.
+    """
+    from kvquant.cli.console import progress_bar
+    from kvquant.demo import HELDOUT_FILE
+    from kvquant.evaluation.attention import measure_attention, plan, run_settings, work
+    from kvquant.evaluation.figures import attention as figure
+    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.journal import Journal
+    from kvquant.evaluation.loading import load_model
+    from kvquant.evaluation.measure import describe_machine, steady
+
+    check_plot(plot)
+    caches, left_out = candidates(chosen)
+    subject, threads = model(chosen), chosen.pop("threads")
+    options = _options(caches, chosen)
+    with results_only(), steady(threads):
+        loaded = load_model(**subject)
+        tokens = loaded.encode(read_text("text", text or HELDOUT_FILE))
+        total = work(plan(loaded, tokens, options), options)
+        with (
+            Journal(output, run_settings(loaded, tokens, options)) as journal,
+            progress_bar("Measuring", total, quiet=as_json) as progress,
+        ):
+            report = measure_attention(loaded, tokens, options, journal, progress)
+        machine = describe_machine(subject["device"])
+    if plot is not None:
+        save(figure.draw(report), plot)
+        click.echo(f"Wrote {plot}", err=True)
+    if as_json:
+        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
+    else:
+        _show(report, loaded, machine, left_out)
+
+
+def _options(caches: Any, chosen: dict[str, Any]) -> AttentionOptions:
+    from kvquant.evaluation.attention import AttentionOptions
+    from kvquant.evaluation.sizes import parse_contexts
+
+    return AttentionOptions(candidates=caches, contexts=parse_contexts(chosen.pop("contexts")), **chosen)
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+
+def _show(report: AttentionReport, loaded: LoadedModel, machine: dict[str, Any], left_out: list[str]) -> None:
+    from kvquant.cli.console import console, machine_line
+
+    out = console(pipe_width=120)
+    out.print(machine_line(machine), style="dim", markup=False, soft_wrap=not out.is_terminal)
+    out.print(f"{loaded.title}, {report.settings['model']['dtype']}", markup=False)
+    for context in dict.fromkeys(row.context for row in report.rows):
+        rows = [row for row in report.rows if row.context == context]
+        out.print(_totals(rows, report.settings["queries"]))
+        out.print(_layers(rows))
+    note = (
+        "Errors are norms of the difference over norms of what is exact. Keys and values: of the tokens that are "
+        "quantised. Output: of attention for the last tokens, each decoded over the cache; in brackets 95 % confidence "
+        "intervals, from pieces of the text drawn again. Bits per element are of what is quantised."
+    )
+    for line in (*left_out, note):
+        out.print(line, style="dim", markup=False)
+
+
+def _totals(rows: list[AttentionRow], queries: int) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = rows[0]
+    pieces = "1 piece" if len(first.windows) == 1 else f"{len(first.windows)} pieces"
+    title = f"\n{first.context} tokens, the last {queries} of them decoded; {pieces} of the text; means over all layers"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("cache", overflow="fold", min_width=18)
+    for heading in ("bits per\nelement", "error of\nkeys, %", "error of\nvalues, %", "error of attention's\noutput, %"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
+        output = interval_text(row.output, "{:.3g}", 100)
+        table.add_row(escape(row.cache), bits, f"{100 * row.key:.3g}", f"{100 * row.value:.3g}", output)
+    return table
+
+
+def _layers(rows: list[AttentionRow]) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = "Layer by layer: error of attention's output, %"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right")
+    for row in rows:
+        options_below = row.cache.replace(":", ":\n") if "=" in row.cache else row.cache
+        table.add_column(escape(options_below), justify="right", overflow="fold")
+    for same in zip(*(row.layers for row in rows), strict=True):
+        table.add_row(str(same[0].layer), *(f"{100 * one.output:.3g}" for one in same))
+    return table
