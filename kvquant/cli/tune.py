@@ -183,8 +183,10 @@ def _assignment(report: TuneReport) -> Table:
     from rich import box
     from rich.table import Table
 
+    from kvquant.evaluation.page.parts import plural
+
     settings = report.settings
-    measured = f"{settings['windows']} windows of {settings['length']} tokens"
+    measured = f"{plural(settings['windows'], 'window')} of {settings['length']} tokens"
     title = f"\nWhat each width adds to KL divergence, 1/1000 nat, and the bits that are best; {measured}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("\nlayer", justify="right")
@@ -205,15 +207,17 @@ def _verified(report: TuneReport) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from kvquant.evaluation.page.parts import plural
+
     settings = report.settings
-    title = f"Held-out text, {settings['verify']} windows"
+    title = f"Held-out text, {plural(settings['verify'], 'window')}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cache", overflow="fold", min_width=16)
     headings = (
         "bits per\nelement",
         "KL predicted,\n1/1000 nat",
         "KL to full precision,\n1/1000 nat",
-        f"over that\nof {report.rows[1].cache}",
+        "tuned\nover it",
         "first choice\nagrees, %",
     )
     for heading in headings:
@@ -221,8 +225,7 @@ def _verified(report: TuneReport) -> Table:
     for row in report.rows:
         cells = [row.cache, f"{row.bits_per_element:.3f}", f"{1000 * row.predicted:.3g}"]
         cells.append(interval_text(row.kl, "{:.3g}", 1000))
-        is_base = row is report.rows[1] or row.ratio is None
-        cells.append("" if is_base or row.ratio is None else interval_text(row.ratio, "{:.3g}"))
+        cells.append("" if row.ratio is None else interval_text(row.ratio, "{:.3g}"))
         table.add_row(*map(escape, [*cells, interval_text(row.agreement, "{:.2f}", 100)]))
     return table
 

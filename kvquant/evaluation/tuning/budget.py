@@ -83,11 +83,13 @@ class Budget:
         bits: bits per element at most.
         shares: ``[streams]``, the share of the numbers that are in each stream.
         memory: where the bits come from, None where they were said.
+        left: the bits per element that memory leaves, which may be more than any assignment takes.
     """
 
     bits: float
     shares: FloatArray
     memory: Memory | None = None
+    left: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return where it comes from, in plain builtins."""
@@ -95,6 +97,7 @@ class Budget:
             return {"bits": self.bits, "memory": None}
         return {
             "bits": self.bits,
+            "left": self.left,
             "memory": self.memory.nbytes,
             "weights": self.memory.model.weights.nbytes,
             "overhead": self.memory.overhead,
@@ -113,8 +116,8 @@ def said_budget(bits: float, space: Space, stored: StoredBits) -> Budget:
     low, high = mean_bits(shares, stored.bits)
     if not low - ROUNDING <= bits <= high + ROUNDING:
         expected = (
-            f"{low:.4g} to {high:.4g} bits per element: {space.widths[0]:g} bits everywhere take {low:.4g}, "
-            f"{space.widths[-1]:g} take {high:.4g}, scales and offsets included"
+            f"{low:.4g} to {high:.4g} bits per element: {space.widths[0]:g}-bit codes everywhere take {low:.4g}, "
+            f"{space.widths[-1]:g}-bit codes {high:.4g}, scales and offsets included"
         )
         raise OptionValueError("budget", bits, expected)
     return Budget(bits, shares)
@@ -140,10 +143,10 @@ def memory_budget(memory: Memory, space: Space, stored: StoredBits) -> Budget:
         expected = (
             f"at least {format_bytes(needed)} for {memory.context:,} tokens: weights take "
             f"{format_bytes(memory.model.weights.nbytes)}{beside}, and the cache {format_bytes(smallest)} with "
-            f"{space.widths[0]:g} bits everywhere"
+            f"{space.widths[0]:g}-bit codes everywhere"
         )
         raise OptionValueError("memory", format_bytes(memory.nbytes), expected)
-    return Budget(min(bits, high), shares, memory)
+    return Budget(min(bits, high), shares, memory, bits)
 
 
 def _narrowest(space: Space) -> Mapping[Any, Width]:

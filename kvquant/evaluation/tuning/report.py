@@ -56,7 +56,7 @@ class TuneRow:
         bits_per_element: of what is quantised, as measured there.
         predicted: the KL divergence that sensitivities sum up to, in nats.
         kl: the KL divergence to full precision, in nats.
-        ratio: it over that of the uniform cache, window by window; None where that one has none.
+        ratio: the KL divergence of the tuned cache over it, window by window; None for that one itself.
         agreement: share of positions whose likeliest token is that of full precision.
         windows: KL divergence of each window.
     """
@@ -101,9 +101,10 @@ class TuneReport:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the tuned assignment is the uniform one."""
+        """Whether the tuned assignment is one of the uniform ones."""
         caches = self.settings["caches"]
-        return bool(caches[self.rows[0].cache] == caches[self.rows[1].cache])
+        tuned, *rivals = (caches[row.cache] for row in self.rows)
+        return tuned in rivals
 
 
 def budget_line(report: TuneReport) -> str:
@@ -115,37 +116,42 @@ def budget_line(report: TuneReport) -> str:
     overhead = f" and {format_bytes(budget['overhead'])} of overhead" if budget["overhead"] else ""
     return (
         f"{format_bytes(budget['memory'])} less weights of {format_bytes(budget['weights'])}{overhead} leave "
-        f"{budget['bits']:.4g} bits per element at {sequences}{budget['context']:,} tokens, window and sink included"
+        f"{budget['left']:.4g} bits per element at {sequences}{budget['context']:,} tokens, window and sink included"
     )
 
 
 def numbers_line(report: TuneReport) -> str:
-    """Return what was measured of the tuned cache and of the uniform one, in thousandths of a nat."""
-    tuned, uniform = report.rows[:2]
-    ratio = ""
-    if tuned.ratio is not None:
-        interval = "" if tuned.ratio.low is None else f" ({tuned.ratio.low:.3g}, {tuned.ratio.high:.3g})"
-        ratio = f"; ratio {tuned.ratio.value:.3g}{interval}"
-    figures = (
-        f"{name}: KL {1000 * row.kl.value:.3g} at {row.bits_per_element:.3g} bits"
-        for name, row in (("tuned", tuned), (uniform.cache, uniform))
-    )
-    return f"{'; '.join(figures)}{ratio}"
+    """Return what was measured of the tuned cache and of each uniform one, in thousandths of a nat."""
+    tuned, *rivals = report.rows
+    said = [f"tuned: {_measured(tuned)}"]
+    for row in rivals:
+        ratio = "" if row.ratio is None else f", ratio {_interval(row.ratio)}"
+        said.append(f"{row.cache}: {_measured(row)}{ratio}")
+    return "; ".join(said)
 
 
 def verdict(report: TuneReport) -> str:
     """Return what follows from it, in a sentence."""
-    tuned, uniform = report.rows[:2]
-    if report.is_uniform and report.written == tuned.cache:
-        return f"The best assignment within the budget is the uniform one, {uniform.cache}."
+    tuned = report.rows[0]
     if report.written != tuned.cache:
         better = next(row for row in report.rows if row.cache == report.written)
         return (
-            f"The tuned cache is not better on held-out text: {better.cache} has KL {1000 * better.kl.value:.3g} "
-            f"at {better.bits_per_element:.3g} bits, and is the one to take."
+            f"The tuned cache is not better on held-out text: {better.cache} has {_measured(better)}, "
+            "and is the one to take."
         )
-    rivals = [row for row in report.rows[1:] if row.windows != tuned.windows]
-    if tuned.ratio is not None and tuned.ratio.high is not None and tuned.ratio.high < 1:
-        others = "all others" if len(rivals) > 1 else "the uniform one"
-        return f"The tuned cache is better than {others} on held-out text."
-    return "The tuned cache is better on held-out text, by less than the intervals tell apart."
+    if report.is_uniform:
+        return "The best assignment within the budget is a uniform one."
+    unsure = [
+        row.cache for row in report.rows[1:] if row.ratio is None or row.ratio.high is None or row.ratio.high >= 1
+    ]
+    if unsure:
+        return f"The tuned cache is better on held-out text, but than {' and '.join(unsure)} maybe by chance."
+    return "The tuned cache is better on held-out text."
+
+
+def _measured(row: TuneRow) -> str:
+    return f"KL {1000 * row.kl.value:.3g} at {row.bits_per_element:.3g} bits"
+
+
+def _interval(ratio: Estimate) -> str:
+    return f"{ratio.value:.3g}" if ratio.low is None else f"{ratio.value:.3g} ({ratio.low:.3g}, {ratio.high:.3g})"

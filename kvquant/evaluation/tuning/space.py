@@ -142,6 +142,8 @@ def tuning_options(text: str, shared: Mapping[str, Any] | None = None) -> dict[s
         ConfigError, BackendError: see `parse_candidates`.
         OptionValueError: there are several caches, or bits are said.
     """
+    if text.partition(":")[0].strip() == "transformers":
+        raise OptionValueError("backend", text, "a cache of kvquant's: transformers' own has one width for all layers")
     if _SAYS_BITS.search(text):
         raise OptionValueError("backend", text, "a cache without bits, which --widths says and the tuner chooses")
     found = planned_candidates(text, shared=shared)[1:]

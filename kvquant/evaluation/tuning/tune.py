@@ -265,7 +265,7 @@ def _rows(
 ) -> tuple[TuneRow, ...]:
     estimate = functools.partial(intervals.estimate, seed=options.seed)
     divergences = {name: column(one.candidate, "kl", windows, journal) for name, one in compared.items()}
-    base = divergences[list(compared)[1]]
+    first = next(iter(compared))
     rows = []
     for name, one in compared.items():
         kl = divergences[name]
@@ -276,7 +276,7 @@ def _rows(
                 bits_per_element=sum(bits) / len(bits),
                 predicted=floor + one.solution.added,
                 kl=estimate(intervals.mean, kl),
-                ratio=estimate(intervals.ratio_of_means, kl, base) if any(base) else None,
+                ratio=None if name == first else estimate(intervals.ratio_of_means, divergences[first], kl),
                 agreement=estimate(intervals.mean, column(one.candidate, "agreement", windows, journal)),
                 windows=kl,
             )
