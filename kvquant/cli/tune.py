@@ -247,7 +247,7 @@ def _notes(report: TuneReport) -> list[str]:
     if budget["memory"] is not None:
         total = budget["weights"] + budget["overhead"] + budget["takes"][report.written]
         notes.append(
-            f"With {report.written}, weights and cache take {format_bytes(total)} of {format_bytes(budget['memory'])} "
+            f"Weights and cache ({report.written}) take {format_bytes(total)} of {format_bytes(budget['memory'])} "
             f"at {budget['context']:,} tokens."
         )
     return notes

@@ -31,12 +31,14 @@ class Memory:
         nbytes: what there is.
         context: tokens of each sequence.
         overhead: bytes for other things.
+        device: where a backend quantises a little data to show how it writes it down.
     """
 
     model: ModelShape
     nbytes: int
     context: int
     overhead: int = 0
+    device: str = "cpu"
 
     @property
     def free(self) -> int:
@@ -49,7 +51,7 @@ class Memory:
 
     def _sizes(self, space: Space, assignment: Assignment) -> CacheSizes:
         decode = min(_DECODED, self.context - 1)
-        return cache_sizes(space.candidate(assignment), self.model, decode, torch.device("cpu"))
+        return cache_sizes(space.candidate(assignment), self.model, decode, torch.device(self.device))
 
     def rooms(self, space: Space, stored: StoredBits) -> tuple[FloatArray, float]:
         """Return the room for numbers of each stream ``[streams]``, and the bytes that do not depend on widths.

@@ -15,7 +15,7 @@ from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import PRESETS, CacheConfig
 from kvquant.engine.options import layers_text
 from kvquant.engine.settings import layer_settings
-from kvquant.errors import KVQuantError, OptionValueError, UnsupportedError
+from kvquant.errors import ConfigError, OptionValueError, UnsupportedError
 from kvquant.evaluation.candidates import Candidate
 from kvquant.evaluation.plan import planned_candidates
 from kvquant.registry import get_backend
@@ -189,6 +189,6 @@ def find_space(options: Mapping[str, Any], widths: tuple[Width, ...] | None, mod
 def _works(options: Mapping[str, Any], width: Width) -> bool:
     try:
         layer_settings(CacheConfig.from_dict({**options, "nbits": width}))
-    except KVQuantError:
+    except ConfigError:
         return False
     return True

@@ -81,9 +81,10 @@ class TuneOptions:
         if (self.budget is None) == (self.memory is None):
             expected = "bits per element, such as 2.5, or else a --memory such as 8GB with a --context such as 64k"
             raise OptionValueError("budget", self.budget, expected)
-        for option, value in (("context", self.context), ("overhead", self.overhead or None)):
-            if self.memory is None and value is not None:
-                raise OptionValueError(option, value, "a --memory beside it, of which it is a part")
+        for option, without in (("context", None), ("batch", 1), ("overhead", 0)):
+            value = getattr(self, option)
+            if self.memory is None and value != without:
+                raise OptionValueError(option, value, "a --memory beside it: it says what must fit into that")
         least = {"length": 4, "windows": 1, "verify": 2, "batch": 1, "overhead": 0, "context": 2}
         for option, fewest in least.items():
             given = getattr(self, option)
@@ -146,7 +147,7 @@ def _memory(loaded: LoadedModel, options: TuneOptions) -> Memory:
     context = options.context or model.positions
     if context is None:
         raise OptionValueError("context", None, "a number of tokens, for the model's config does not say how many")
-    return Memory(model, options.memory or 0, context, options.overhead)
+    return Memory(model, options.memory or 0, context, options.overhead, str(loaded.device))
 
 
 def run_settings(loaded: LoadedModel, text: Sequence[int], options: TuneOptions, space: Space) -> dict[str, Any]:
