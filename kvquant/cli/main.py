@@ -43,6 +43,7 @@ COMMANDS = {
     ),
     "bench": ("kvquant.cli.bench", "bench", "Time caches side by side, and measure their memory."),
     "plan": ("kvquant.cli.plan", "plan", "Say what a cache will take, and what fits, from a model's config alone."),
+    "tune": ("kvquant.cli.tune", "tune", "Choose the bits of each layer, best under a budget, and write a config."),
     "cache": ("kvquant.cli.cache", "cache", "Save the cache of a long prompt, look at it, check it."),
     "support": ("kvquant.cli.support", "support", "Say which models and ways of generating work, by running them."),
     "report": ("kvquant.cli.report", "report", "Put what was measured on one HTML page."),

@@ -35,6 +35,7 @@ def report(files: tuple[Path, ...], output: Path, title: str | None) -> None:
       kvquant eval longbench --data DIR --json > longbench.json
       kvquant bench --json > bench.json
       kvquant plan --json > plan.json
+      kvquant tune --budget 2.5 --json > tune.json
       kvquant report *.json --output report.html
 
     On top stands a table of what each cache loses and gains, joined from all of them; a section for each measurement

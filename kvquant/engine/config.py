@@ -165,8 +165,17 @@ class CacheConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:
-        """Make a config from a ``.json``, ``.yaml`` or ``.yml`` file."""
-        text = Path(path).read_text(encoding="utf-8")
+        """Make a config from a ``.json``, ``.yaml`` or ``.yml`` file.
+
+        Raises:
+            OptionValueError: it cannot be read, or has something else in it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as cause:
+            preset = f"; the preset is QuantizedCache.from_preset({str(path)!r})" if str(path) in PRESETS else ""
+            expected = f"a .json, .yaml or .yml file that can be read ({cause}){preset}"
+            raise OptionValueError("config", str(path), expected) from cause
         return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
 
     # -------------------------------------------------------------------------------------------- writing it down

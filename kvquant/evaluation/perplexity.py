@@ -158,11 +158,18 @@ class Windows:
         context: tokens that are fed.
         prefill: the first of them, fed in one pass.
         tokens: int64 ``[windows, context + 1]``; the last token of each is only a target.
+        first: number of the first of them, from 0, where they are some of a text's windows.
     """
 
     context: int
     prefill: int
     tokens: Tensor
+    first: int = 0
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the windows in their text."""
+        return range(self.first, self.first + len(self.tokens))
 
     @property
     def scored(self) -> int:
@@ -239,20 +246,45 @@ def measure_perplexity(
         OutOfMemoryError: memory ran out; finished parts are in the journal.
     """
     planned = plan(loaded, text, options)
+    score_windows(loaded, planned, options, journal, progress)
+    return PerplexityReport(journal.settings, tuple(_rows(journal, planned, options)))
+
+
+def score_windows(
+    loaded: LoadedModel,
+    planned: Sequence[Windows],
+    options: PerplexityOptions,
+    journal: Journal,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Score windows through every cache, as far as they are not in the journal yet.
+
+    Their results are ``journal[context, number of the window, label of the cache]``: ``{"nll", "kl", "agreement"}``,
+    means over the window's scored tokens, and ``"bits"`` and ``"cache_bits"`` for each element.
+
+    Args:
+        loaded: the model.
+        planned: the windows.
+        options: the caches, and how they are fed.
+        journal: where results go.
+        progress: told how far the work is.
+
+    Raises:
+        OutOfMemoryError: memory ran out; finished parts are in the journal.
+    """
     journal.run(
         _parts(loaded, planned, options),
         lambda key: progress(int(key[0])),
-        advice="shorter --contexts, a longer --prefill (fewer scored tokens), a smaller --dtype or a smaller model",
+        advice="shorter windows, a longer --prefill (fewer scored tokens), a smaller --dtype or a smaller model",
     )
-    return PerplexityReport(journal.settings, tuple(_rows(journal, planned, options)))
 
 
 def _parts(
     loaded: LoadedModel, planned: Sequence[Windows], options: PerplexityOptions
 ) -> Iterator[tuple[Key, Callable[[], Any]]]:
     for windows in planned:
-        for number in range(len(windows.tokens)):
-            subject = _Window(loaded, windows, number, options)
+        for index, number in enumerate(windows.numbers):
+            subject = _Window(loaded, windows, index, options)
             for candidate in options.candidates:
                 yield (windows.context, number, candidate.label), functools.partial(subject.score, candidate)
 
@@ -260,9 +292,9 @@ def _parts(
 class _Window:
     """One window, scored through one cache after another. What full precision says of it is worked out once."""
 
-    def __init__(self, loaded: LoadedModel, windows: Windows, number: int, options: PerplexityOptions) -> None:
+    def __init__(self, loaded: LoadedModel, windows: Windows, index: int, options: PerplexityOptions) -> None:
         self._loaded, self._options = loaded, options
-        self._tokens = windows.tokens[number : number + 1].to(loaded.device)
+        self._tokens = windows.tokens[index : index + 1].to(loaded.device)
         self._prefill = windows.prefill
         self._first_pass = Prefill(loaded.model, self._tokens[:, : windows.prefill])
 
@@ -331,9 +363,7 @@ def score_sums(full: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 def _rows(journal: Journal, planned: Sequence[Windows], options: PerplexityOptions) -> Iterator[PerplexityRow]:
     for windows in planned:
         found = {
-            candidate.label: [
-                journal[windows.context, number, candidate.label] for number in range(len(windows.tokens))
-            ]
+            candidate.label: [journal[windows.context, number, candidate.label] for number in windows.numbers]
             for candidate in options.candidates
         }
         for label in found:

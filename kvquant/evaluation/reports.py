@@ -26,12 +26,13 @@ from kvquant.evaluation.longbench.report import LongBenchReport
 from kvquant.evaluation.needle import NeedleReport
 from kvquant.evaluation.perplexity import PerplexityReport
 from kvquant.evaluation.plan import PlanReport
+from kvquant.evaluation.tuning.report import TuneReport
 
 if TYPE_CHECKING:
     from cattrs import Converter
 
 #: Any of them.
-Report = PerplexityReport | NeedleReport | LongBenchReport | BenchReport | PlanReport
+Report = PerplexityReport | NeedleReport | LongBenchReport | BenchReport | PlanReport | TuneReport
 
 #: Problems of a file that are told at most.
 _TOLD = 3
@@ -93,6 +94,30 @@ class PlanFile(TypedDict):
     settings: _PlanSettings
 
 
+class _TuneBudget(TypedDict):
+    bits: float
+    memory: int | None
+
+
+class _TuneSettings(_Settings):
+    base: dict[str, Any]
+    widths: list[float]
+    widest: float
+    length: int
+    prefill: int
+    windows: int
+    verify: int
+    budget: _TuneBudget
+
+
+class TuneFile(TypedDict):
+    """The same of `kvquant tune`."""
+
+    machine: Machine
+    model: str
+    settings: _TuneSettings
+
+
 class _BenchModel(TypedDict):
     name: str
     architecture: str | None
@@ -132,6 +157,7 @@ KINDS: dict[str, Kind] = {
     "longbench": Kind("kvquant eval longbench", LongBenchReport),
     "bench": Kind("kvquant bench", BenchReport, BenchFile),
     "plan": Kind("kvquant plan", PlanReport, PlanFile),
+    "tune": Kind("kvquant tune", TuneReport, TuneFile),
 }
 
 

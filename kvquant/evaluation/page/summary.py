@@ -16,7 +16,7 @@ from kvquant.evaluation.page.pictures import picture
 from kvquant.evaluation.perplexity import PerplexityReport
 
 #: Kinds that say what a model's caches lose. What the others say of one model holds for all where they have no better.
-QUALITY = ("perplexity", "needle", "longbench")
+QUALITY = ("perplexity", "needle", "longbench", "tune")
 
 _LEAD = (
     "A row is a cache. Bits per element are what it stores for each number that it quantises: codes, scales, offsets, "

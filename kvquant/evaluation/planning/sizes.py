@@ -149,7 +149,15 @@ class CacheSizes:
 
         Between two flushes a window fills up with exact tokens, so that a cache shrinks when it quantises them.
         """
-        return self._sum(lambda layer: max(layer.memory(length).nbytes for length in layer.fullest(tokens)))
+        return self.fullest(tokens).nbytes
+
+    def fullest(self, tokens: int) -> MemoryReport:
+        """Return the memory of a cache whose every layer takes as much as it does at most on its way, see `most`."""
+        made = {
+            id(layer): max((layer.memory(length) for length in layer.fullest(tokens)), key=lambda memory: memory.nbytes)
+            for layer in self.layers
+        }
+        return MemoryReport(tuple(replace(made[id(layer)], layer=at) for at, layer in enumerate(self.layers)))
 
     def longest(self, budget: int) -> int | None:
         """Return the most tokens up to which a cache takes no more than `budget` bytes; None if it never takes more."""

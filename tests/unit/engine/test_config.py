@@ -55,6 +55,28 @@ def test_a_config_survives_a_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nowhere.yaml",
+            r"config='.*nowhere\.yaml' cannot work: expected a \.json, \.yaml or \.yml file .*No such file",
+        ),
+        (".", "config=.* cannot work: expected a .json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_option_that_cannot_work(tmp_path, name, message):
+    """With what the system says."""
+    with pytest.raises(OptionValueError, match=message):
+        CacheConfig.from_file(tmp_path / name)
+
+
+def test_a_preset_in_the_place_of_a_file_is_told_where_it_goes():
+    """People mix them up."""
+    with pytest.raises(OptionValueError, match=r"the preset is QuantizedCache\.from_preset\('small'\)"):
+        CacheConfig.from_file("small")
+
+
+@pytest.mark.parametrize(
     ("read", "text"),
     [
         (CacheConfig.from_json, "{nbits: 2"),

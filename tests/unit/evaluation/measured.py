@@ -18,6 +18,7 @@ from kvquant.evaluation.measure import Spread
 from kvquant.evaluation.needle import NeedleCell, NeedleReport, NeedleRow
 from kvquant.evaluation.perplexity import PerplexityReport, PerplexityRow
 from kvquant.evaluation.plan import PlanReport, PlanRow
+from kvquant.evaluation.tuning.report import CurvePoint, StreamRow, TuneReport, TuneRow, UniformPoint
 
 MODEL = "the shipped model"
 MACHINE = {
@@ -187,8 +188,44 @@ def plan(widths: tuple[int, ...] = (4, 2)) -> PlanReport:
     return PlanReport(chosen, tuple(rows))
 
 
+def tune() -> TuneReport:
+    """Return a report of two layers, whose tuned cache is better than the uniform one."""
+    tuned = cache(1, nbits_key=1, nbits_value=1, layers={"1": {"nbits_key": 3, "nbits_value": 3}})
+    chosen = settings(())
+    del chosen["contexts"]
+    chosen |= {"base": {"backend": "reference", "options": {"scale": "error"}}, "widths": [1.0, 2.0, 3.0]}
+    chosen |= {"widest": 8.0, "length": 256, "prefill": 128, "windows": 3, "verify": 10}
+    chosen |= {"budget": {"bits": 2.5, "memory": None}, "caches": {"tuned to 2.5 bits": tuned, "uniform 2": cache(2)}}
+    rows = [
+        TuneRow(
+            cache=name,
+            bits_per_element=2.5,
+            predicted=kl,
+            kl=around(kl),
+            ratio=None if name != "uniform 2" else around(0.5),
+            agreement=around(0.9),
+            windows=[kl] * 10,
+        )
+        for name, kl in (("tuned to 2.5 bits", 0.01), ("uniform 2", 0.02))
+    ]
+    return TuneReport(
+        settings=chosen,
+        floor=1e-6,
+        streams=[
+            StreamRow(layer, stream, 1.0 + 2 * layer, 0.25, [1.5, 2.5, 3.5], [0.1 * layer, 0.01 * layer, 0.0])
+            for layer in (0, 1)
+            for stream in ("key", "value")
+        ],
+        curve=[CurvePoint(1.5, 0.2), CurvePoint(2.5, 0.01), CurvePoint(3.5, 1e-6)],
+        uniform=[UniformPoint(1.0, 1.5, 0.2), UniformPoint(2.0, 2.5, 0.02), UniformPoint(3.0, 3.5, 1e-6)],
+        written="tuned to 2.5 bits",
+        config={name: value for name, value in tuned.items() if name != "kind"},
+        rows=tuple(rows),
+    )
+
+
 #: A report of each kind.
-ALL = {"perplexity": perplexity, "needle": needle, "longbench": longbench, "bench": bench, "plan": plan}
+ALL = {"perplexity": perplexity, "needle": needle, "longbench": longbench, "bench": bench, "plan": plan, "tune": tune}
 
 
 def printed(report: Any, *, model: str = MODEL, **machine: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_the_same_files_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
     first, second = (make_page([file(kind) for kind in kinds]) for kinds in (("plan", "bench"), ("bench", "plan")))
     assert re.sub("<footer>.*", "", first, flags=re.DOTALL) == re.sub("<footer>.*", "", second, flags=re.DOTALL)
-    assert [one["src"] for one in Page(first).all("img")] == [one["src"] for one in Page(page()).all("img")][-2:]
+    assert [one["src"] for one in Page(first).all("img")] == [one["src"] for one in Page(page()).all("img")][-3:-1]
     assert mpl.rcParams["axes.facecolor"] == "black"
 
 
@@ -126,7 +126,7 @@ def test_it_can_be_read_aloud() -> None:
     assert not parsed.open
     assert parsed.all("html") == [{"lang": "en"}]
     alts = [picture["alt"] or "" for picture in parsed.all("img")]
-    assert len(alts) == 6
+    assert len(alts) == 7
     assert all(len(alt) > 80 for alt in alts)
     assert any("reference:2 0.0025 nats at 2.50 bits" in alt for alt in alts)
     assert any("At 4k: full 64.0 MiB and 100 ms;" in alt for alt in alts)
@@ -138,9 +138,16 @@ def test_it_can_be_read_aloud() -> None:
 def test_all_kinds_are_shown_with_how_they_were_made() -> None:
     """A section for each, its settings folded, with the command and the versions."""
     parsed = Page(page())
-    for title in ("Perplexity", "Needle in a haystack", "LongBench", "Memory and latency", "Plan"):
+    for title in (
+        "Perplexity",
+        "Needle in a haystack",
+        "LongBench",
+        "Memory and latency",
+        "Plan",
+        "Bits of each layer",
+    ):
         assert f">{title}: <span" in page()
-    assert len(parsed.all("details")) == 5
+    assert len(parsed.all("details")) == 6
     assert all("open" not in one for one in parsed.all("details"))
     assert "kvquant eval perplexity --threads 1 --contexts 256,1024 --backends reference:4,reference:2 --json" in page()
     assert "transformers 5.23.0" in page()
@@ -162,14 +169,16 @@ def test_the_summary_joins_what_commands_call_differently() -> None:
     rows = Page(page()).rows
     start, end, *_ = (at for at, row in enumerate(rows) if row and row[0] == "cache")
     shown = {row[0].rstrip("\N{NO-BREAK SPACE}●"): row[1:] for row in rows[start + 1 : end]}
-    assert list(shown) == ["full", "reference:4", "reference:2", "transformers:fp8:8"]
+    tuned = ["tuned to 2.5 bits", "uniform 2"]
+    assert list(shown) == ["full", "reference:4", "reference:2", *tuned, "transformers:fp8:8"]
     two = shown["reference:2"]
     assert two[0] == "2.50"
     assert two[1].startswith("2.5")  # 1/1000 nat
     assert two[4].startswith("75")  # keys found
     assert two[5].startswith("61.5")  # LongBench
-    assert two[6] == "8.00"  # times smaller, of bench
-    assert two[7].startswith("12.5")  # ms a step
+    assert two[6] == two[7] == NOTHING.text  # of tune, which measured others
+    assert two[8] == "8.00"  # times smaller, of bench
+    assert two[9].startswith("12.5")  # ms a step
     assert shown["full"][1] == shown["transformers:fp8:8"][1] == NOTHING.text
 
 
