@@ -50,11 +50,11 @@ _SERIES = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(
 #: - scales, offsets: of a group's channels, or of a block's tokens; by_group, offsets_by_group ``[groups, room]``
 #: - bits, powers ``[room]``: the same memory as int32 and as float32
 #: - mix, sums ``[rows, width]``, offset_sums ``[rows, groups]``; highest, total ``[rows]``
-#: - expanded ``[block, bytes]``: rows of indices, where codes are those of a trellis; past ``[bytes]``
+#: - expanded ``[block, bytes]``: rows of indices, where codes are those of a trellis
 Work = namedtuple(
     "Work",
     "folded shifts query_sums products scores weights scales offsets by_group offsets_by_group bits powers mix sums "
-    "offset_sums highest total expanded past",
+    "offset_sums highest total expanded",
 )
 
 

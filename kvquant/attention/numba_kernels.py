@@ -40,10 +40,11 @@ from kvquant.attention.numba_blocks import (
     score_by_token,
     weigh,
 )
-from kvquant.attention.numba_trellis import expand
+from kvquant.attention.numba_trellis import expand, index_bits
 from kvquant.attention.parts import Part, Segment, segments
-from kvquant.attention.simd import TRELLIS, expanded_bytes, next_share, pointer_to
+from kvquant.attention.simd import LANES, next_share, pointer_to
 from kvquant.engine.body import Body
+from kvquant.engine.packing import packed_bytes
 from kvquant.engine.pages import CanonicalPage
 
 #: Tokens that are scored before they are mixed: their scores, weights and codes stay in the first cache.
@@ -56,8 +57,8 @@ _MOST_ROWS = 4
 _WORTH_THREADS = 1 << 18
 #: Shares of the work for each thread, at least: one that is held up leaves its shares to the others.
 _SHARES_EACH = 4
-#: Entries of a table for the kernel, which looks codes of up to four bits up in a register of sixteen.
-_FEWEST_ENTRIES = 16
+#: Entries of a table for the kernel, which looks codes of up to four bits up in registers.
+_FEWEST_ENTRIES = LANES
 
 #: What a kernel is told: how many shares have been taken, sizes, and addresses. `pages` are int64 ``[segments, 2 (keys,
 #: values), fields]``, see `numba_blocks.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
@@ -112,8 +113,13 @@ class Stream:
 
     @property
     def row_bits(self) -> int:
-        """How `simd.runs` is told what rows are read."""
-        return self.nbits + (TRELLIS if any(self.taps) else 0)
+        """Bits of what the rows hold that are read: codes, or the indices that those of a trellis become."""
+        return index_bits(self.nbits) if any(self.taps) else self.nbits
+
+    @property
+    def expanded(self) -> int:
+        """Bytes of a row of indices, 0 where codes are no trellis's."""
+        return packed_bytes(self.width, self.row_bits) if any(self.taps) else 0
 
 
 @cache
@@ -134,7 +140,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     v_width, v_bits, v_per, v_table = value.width, value.nbits, value.group, value.entries
     k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.row_bits, value.row_bits
     (k_high, k_low), (v_high, v_low) = key.taps, value.taps
-    expanded = max([0, *(expanded_bytes(one.width, one.nbits) for one in (key, value) if any(one.taps))])
+    expanded = max(key.expanded, value.expanded)
     k_groups = 1 if key.channel else k_width // k_per
     v_groups = 1 if value.channel else v_width // v_per
     # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
@@ -175,7 +181,6 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
             np.empty(rows, np.float32),
             np.empty(rows, np.float32),
             np.empty((block if expanded else 1, expanded), np.uint8),
-            np.empty(expanded, np.uint8),
         )
         share = next_share(job)
         while share < batches * heads * slots:

@@ -21,14 +21,14 @@ from numba.extending import intrinsic
 from kvquant.engine.scales import LOWEST_EXPONENT
 
 #: Whether numba compiles for registers of 512 bits.
-_WIDE = "+avx512f" in (config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
+_FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+_WIDE = "+avx512f" in _FEATURES
+#: Whether registers of 256 bits can be looked up in.
+_PERMUTES = "+avx2" in _FEATURES
 #: Numbers in a vector, and tokens whose products are summed side by side: as many as the registers hold.
 LANES, UNROLL = (16, 4) if _WIDE else (8, 2)
 #: Sums of `mix_rows` that are kept in registers at once.
 _SUMS = 16 if LANES == 16 else 8
-
-#: Added to the bits of codes whose rows have been expanded.
-TRELLIS = 100
 
 _FLOAT, _HALF, _BYTE, _INT, _LONG = ir.FloatType(), ir.HalfType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -63,11 +63,9 @@ def runs(width: int, nbits: int, group: int) -> list[Run]:
 
     Args:
         width: codes in the row; the layout is that of `kvquant.engine.packing`.
-        nbits: bits of a code; of rows that `numba_blocks.expand` wrote, `TRELLIS` and the bits.
+        nbits: bits of a code.
         group: codes of a group; `width` where a row lies in one group.
     """
-    if nbits > TRELLIS:
-        return _trellis_runs(width, nbits - TRELLIS, group)
     padded = -(-width // 8) * 8
     plane_bits = 1 if nbits == 3 else nbits
     plane = padded * plane_bits // 8  # codes of a plane, one a byte
@@ -76,32 +74,6 @@ def runs(width: int, nbits: int, group: int) -> list[Run]:
         for index in range(8 // plane_bits):
             for start, part in _pieces(index * plane + offset, index * plane + offset + length, group, width):
                 found.append(Run(start, part, _fields(start, index, plane, nbits)))
-    return found
-
-
-def expanded_bytes(width: int, nbits: int) -> int:
-    """Return the bytes of a row that `numba_blocks.expand` writes, see `_trellis_runs`."""
-    plane = -(-width // 8) * min(nbits, 2)
-    return 2 * plane + (plane // 2 if nbits == 3 else 0)
-
-
-def _trellis_runs(width: int, nbits: int, group: int) -> list[Run]:
-    """Return the runs of a row of indices into a table, as `numba_blocks.expand` writes it.
-
-    The number of the set comes first: two planes of one bit for codes of 1 bit, else one of two bits. A plane with the
-    second bit of the codes follows, in places for two bits, and for 3 bits one with their third bit, of one bit.
-    """
-    padded, bits = -(-width // 8) * 8, min(nbits, 2)
-    plane = padded * bits // 8  # codes of a plane, one a byte
-    least = plane // 2 if nbits == 3 else plane  # those of the smallest plane
-    found = []
-    for first in range(0, padded, least):
-        for start, length in _pieces(first, first + least, group, width):
-            byte, shift = start % plane, start // plane * bits
-            fields = [Field(byte, shift, 2**bits - 1), Field(plane + byte, shift, 1, raised=bits)]
-            if nbits == 3:
-                fields.append(Field(2 * plane + start % least, start // least, 1, raised=3))
-            found.append(Run(start, length, tuple(fields)))
     return found
 
 
@@ -157,13 +129,15 @@ def _splat(builder: Any, number: Any, length: int) -> Any:
 def _numbers(builder: Any, row: Any, run: Run, table: Any, entries: int) -> Any:
     """Return the codes of a run as floats, or the entries of a table that they name."""
     by_register = LANES == run.length == 16 and (entries == 16 or (not entries and run.fields[0].mask < 16))
+    by_half_register = _PERMUTES and run.length <= 8 and entries in (8, 16)
+    unmasked = len(run.fields) == 1 and (by_register or (by_half_register and entries == 8))
     codes = None
     for field in run.fields:
         part = _load(builder, builder.gep(row, [_LONG(field.byte)]), _BYTE, run.length, 1)
         part = builder.zext(part, _vector(_INT, run.length))
         if field.shift:
             part = builder.lshr(part, _constant(field.shift, run.length))
-        if field.mask != 255 and not (by_register and len(run.fields) == 1):
+        if field.mask != 255 and not unmasked:
             part = builder.and_(part, _constant(field.mask, run.length))
         if field.raised:
             part = builder.shl(part, _constant(field.raised, run.length))
@@ -177,7 +151,23 @@ def _numbers(builder: Any, row: Any, run: Run, table: Any, entries: int) -> Any:
         return _call(builder, "llvm.x86.avx512.permvar.sf.512", held.type, [held, codes])
     if not entries:
         return builder.sitofp(codes, _vector(_FLOAT, run.length))
+    if by_half_register:
+        return _permuted(builder, codes, table, entries)
     return _gathered(builder, codes, table)
+
+
+def _permuted(builder: Any, codes: Any, table: Any, entries: int) -> Any:
+    """Look 8 or 16 entries up in registers of eight: that of the low three bits, chosen between by the fourth."""
+    length = codes.type.count
+    lanes = ir.Constant(_vector(_INT, 8), [lane % length for lane in range(8)])
+    wide = codes if length == 8 else builder.shuffle_vector(codes, codes, lanes)
+    held = [_load(builder, builder.gep(table, [_LONG(first)]), _FLOAT, 8, 4) for first in range(0, entries, 8)]
+    low, *above = (_call(builder, "llvm.x86.avx2.permps", register.type, [register, wide]) for register in held)
+    if above:
+        low = builder.select(builder.icmp_unsigned(">=", wide, _constant(8, 8)), above[0], low)
+    if length == 8:
+        return low
+    return builder.shuffle_vector(low, low, ir.Constant(_vector(_INT, length), list(range(length))))
 
 
 def _gathered(builder: Any, codes: Any, table: Any) -> Any:
@@ -316,7 +306,7 @@ def dot_rows(
     Args:
         codes: uint8 pointer to the first row; rows are `row_bytes` apart, and there are `tokens`.
         query: float32 pointer ``[rows, width]``.
-        table: float32 pointer to `entries` numbers, at least 16; a code is its own number where `entries` is 0.
+        table: float32 pointer to `entries` numbers, at least `LANES`; a code is its own number where `entries` is 0.
         out: float32 pointer ``[width / group, rows, room]``.
         width, nbits, group, rows, entries, room: literal integers.
     """
