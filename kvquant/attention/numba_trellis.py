@@ -116,7 +116,8 @@ def expand_row(  # noqa: C901 # one row, built whole
 
     def _place(index: int, j: int) -> int:
         """Return where in its group the channel of byte `j` and plane `index` is."""
-        return (index * plane + j) % group
+        place: int = (index * plane + j) % group
+        return place
 
     def indices(builder: Any, codes: Any, high: Any, low: Any, third: Any) -> Any:
         """Return the indices as a vector of twice as many bytes: those of the even planes, then those of the odd."""
@@ -151,7 +152,7 @@ def expand_row(  # noqa: C901 # one row, built whole
                 past = of_token(builder, arguments, back) if along_tokens else of_channel(builder, codes, back)
                 sums = [builder.xor(one, past) if tap >> back & 1 else one for one, tap in zip(sums, taps, strict=True)]
         third = load(builder, builder.gep(arguments[0], [_LONG(plane)]), plane // 2) if nbits == 3 else None
-        result = indices(builder, codes, *sums, third)
+        result = indices(builder, codes, sums[0], sums[1], third)
         builder.store(result, builder.bitcast(arguments[3], result.type.as_pointer()), align=1)
         return context.get_dummy_value()
 

@@ -23,15 +23,27 @@ from kvquant.errors import OptionValueError, UnknownOptionError
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _KIVI_AXES = {"axis_key": "channel", "axis_value": "token"}
-#: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks; bits go to keys first.
-_MEASURED = {**_KIVI_AXES, "group_size": 64, "residual_length": 128, "sink_length": 4}
+#: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks, smoothed channels, rotated
+#: values, scales by error and in bytes; bits go to keys first.
+_MEASURED = {
+    **_KIVI_AXES,
+    "group_size": 64,
+    "residual_length": 128,
+    "sink_length": 4,
+    "smoothing_key": True,
+    "smoothing_value": True,
+    "rotation_value": "hadamard",
+    "scale_bits": 8,
+}
+_BY_ERROR = {"options": {"scale": "error"}}
 
 #: Named settings. KIVI's are those of its paper (arXiv 2402.02750, section 4.1): group 32, a window of 128 tokens.
 PRESETS: dict[str, dict[str, Any]] = {
-    "smallest": {"nbits": 2, **_MEASURED},
-    "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED},
-    "balanced": {"nbits": 4, **_MEASURED},
-    "accurate": {"nbits": 4, "nbits_key": 8, "nbits_value": 4, **_MEASURED},
+    "tiny": {"nbits": 2, "nbits_key": 2, "nbits_value": 1, **_MEASURED, **_BY_ERROR},
+    "smallest": {"nbits": 2, **_MEASURED, **_BY_ERROR},
+    "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED, **_BY_ERROR},
+    "balanced": {"nbits": 4, **_MEASURED, **_BY_ERROR},
+    "accurate": {"nbits": 4, "nbits_key": 8, "nbits_value": 4, **_MEASURED, "scale_bits": 16},
     "kivi-2": {"nbits": 2, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
     "kivi-4": {"nbits": 4, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
     "int8": {"nbits": 8, **_KIVI_AXES, "group_size": 64, "residual_length": 64},

@@ -75,6 +75,45 @@ class Question:
     versus: str
 
 
+_PLAIN = "reference:2"
+_SMOOTH = ":smoothing_key=true:smoothing_value=true"
+_TOGETHER = f"reference:2:scale=error{_SMOOTH}:rotation_value=hadamard"
+_BOTH_ROTATED = ":rotation_key=hadamard:rotation_value=hadamard:scale_bits=8"
+#: Each part alone, then one after another, then in the place of another.
+_ABLATION = (
+    "reference:2:scale=error",
+    "reference:2:smoothing_key=true",
+    "reference:2:smoothing_value=true",
+    "reference:2:rotation_value=hadamard",
+    "reference:2:rotation_key=hadamard",
+    "reference:2:scale_bits=8",
+    "reference:2:outlier_share=0.015",
+    f"reference:2:scale=error{_SMOOTH}",
+    _TOGETHER,
+    f"{_TOGETHER}:scale_bits=8",
+    f"{_TOGETHER}:scale_bits=8:group_size=32",
+    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}",
+    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}:axis_key=token",
+    f"reference:2:scale=error{_SMOOTH}:scale_bits=8:axis_value=channel",
+    f"lloydmax:2{_SMOOTH}{_BOTH_ROTATED}",
+    f"trellis:2{_SMOOTH}:rotation_value=hadamard:scale_bits=8",
+    f"trellis:2{_SMOOTH}{_BOTH_ROTATED}",
+    f"trellis:1{_SMOOTH}{_BOTH_ROTATED}",
+)
+_OTHERS = ("hqq:2", f"hqq:2{_SMOOTH}:rotation_value=hadamard:scale_bits=8", "kivi-2", "transformers:quanto:2")
+_OTHERS = (*_OTHERS, "transformers:hqq:2")
+_FOUR = (
+    "reference:2",
+    "reference:2:scale=error",
+    f"reference:2:scale=error{_SMOOTH}:rotation_value=hadamard:scale_bits=8",
+    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}",
+    "reference:2:axis_key=token",
+    "reference:2:axis_key=token:rotation_key=hadamard",
+    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}:axis_key=token",
+    "transformers:quanto:2",
+    "transformers:hqq:2",
+)
+
 QUESTIONS = (
     Question(
         "backends",
@@ -120,14 +159,8 @@ QUESTIONS = (
         "reference:2:nbits_key=8:nbits_value=2,reference:4:nbits_key=8:nbits_value=4,reference:4",
         "reference:3",
     ),
-    Question(
-        "choice",
-        "What should two bits be?",
-        "reference:2,hqq:2,reference:2:sink_length=4,hqq:2:sink_length=4,reference:2:sink_length=4:rotation_key=hadamard,"
-        "reference:2:sink_length=4:rotation_value=hadamard,hqq:2:sink_length=4:rotation_value=hadamard,"
-        "hqq:2:sink_length=4:rotation_key=hadamard:rotation_value=hadamard,kivi-2,kivi-2:sink_length=4",
-        "reference:2",
-    ),
+    Question("ablation", "What does each part buy, at two bits?", ",".join([_PLAIN, *_ABLATION, *_OTHERS]), _PLAIN),
+    Question("four", "And at four?", ",".join(part.replace(":2", ":4", 1) for part in _FOUR), "reference:4"),
     Question("presets", "Which preset?", ",".join(PRESETS), "kivi-2"),
 )
 
