@@ -190,7 +190,7 @@ def test_uninstalled_it_is_gone(lloyd):
         assert "lloyd" not in lloyd.backends()
         kind, message = lloyd.python(MAKE.format(["lloyd"]))["lloyd"]
         assert kind == "UnknownBackendError"
-        assert message.startswith("unknown backend 'lloyd'. Installed: bitsandbytes, hqq, lloydmax, quanto, reference.")
+        assert message.startswith("unknown backend 'lloyd'. Installed: bitsandbytes, hqq, lloydmax, quanto, reference, trellis.")
     finally:
         lloyd.pip("install", "kvquant-plugin-lloyd")
 
@@ -274,7 +274,7 @@ def test_with_the_libraries_all_are_available(environment):
     """As in the full environment of a user."""
     with environment.libraries():
         found = environment.backends()
-        for name in ("reference", "lloydmax", "hqq", "quanto", "bitsandbytes"):
+        for name in ("reference", "lloydmax", "trellis", "hqq", "quanto", "bitsandbytes"):
             assert [backend["status"] for backend in found[name]] == ["ok"], found[name]
 
 

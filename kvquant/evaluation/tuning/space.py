@@ -21,7 +21,10 @@ from kvquant.evaluation.plan import planned_candidates
 from kvquant.registry import get_backend
 
 #: What is tuned where nobody says what: all but the bits of what measured best for few bits.
-DEFAULT_BASE = "reference:scale=error:rotation_value=hadamard:group_size=64:sink_length=4"
+DEFAULT_BASE = (
+    "reference:scale=error:smoothing_key=true:smoothing_value=true:rotation_value=hadamard:scale_bits=8:group_size=64:"
+    "sink_length=4"
+)
 
 #: Bits a code takes.
 Width = int | float

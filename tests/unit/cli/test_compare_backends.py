@@ -19,7 +19,7 @@ from tests.support import MinMax
 Run = Callable[..., Result]
 SMALL = ("--tokens", "128", "--heads", "1", "--rounds", "1")
 PAGE = (Path(__file__).parents[3] / "docs" / "backends.md").read_text()
-BUILT_IN = ("reference", "lloydmax", "hqq", "quanto", "bitsandbytes")
+BUILT_IN = ("reference", "lloydmax", "trellis", "hqq", "quanto", "bitsandbytes")
 
 
 @pytest.fixture(autouse=True)

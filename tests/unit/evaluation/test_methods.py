@@ -85,7 +85,7 @@ def test_where_no_backend_can_be_used_there_is_nothing_to_compare(monkeypatch: p
     monkeypatch.setenv("KVQUANT_LOAD_BACKENDS", "nothing")
     with pytest.raises(UnsupportedError) as caught:
         find_methods()
-    for name in ("reference", "lloydmax", "hqq", "quanto", "bitsandbytes"):
+    for name in ("reference", "lloydmax", "trellis", "hqq", "quanto", "bitsandbytes"):
         assert f"kvquant:{name}: the environment's KVQUANT_LOAD_BACKENDS" in str(caught.value)
 
 

@@ -55,7 +55,7 @@ def test_a_bad_name_is_refused_with_one_that_works(name, problem, suggestion):
     assert names_for(suggestion).backend == suggestion
 
 
-@pytest.mark.parametrize("name", ["reference", "lloydmax", "hqq", "quanto", "bitsandbytes"])
+@pytest.mark.parametrize("name", ["reference", "lloydmax", "trellis", "hqq", "quanto", "bitsandbytes"])
 def test_names_of_built_in_backends_are_taken(name):
     """Whether or not their libraries are installed."""
     with pytest.raises(PluginNameTakenError, match=rf"a backend of that name comes with kvquant .*: my-{name}$"):
