@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from kvquant.plugin.capabilities import FORMATS
-from kvquant.scaffold import new_project
+from kvquant.scaffold import FORMATS, new_project
 
 
 @click.command("new-plugin")

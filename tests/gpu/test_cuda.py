@@ -9,7 +9,15 @@ from kvquant import QuantizedCache
 from kvquant.attention.counters import counters
 from kvquant.demo import MODEL_DIR
 
-BACKENDS = [("reference", 2), ("reference", 3), ("lloydmax", 3), ("trellis", 2), ("hqq", 2), ("quanto", 4), ("bitsandbytes", 4)]
+BACKENDS = [
+    ("reference", 2),
+    ("reference", 3),
+    ("lloydmax", 3),
+    ("trellis", 2),
+    ("hqq", 2),
+    ("quanto", 4),
+    ("bitsandbytes", 4),
+]
 
 
 @pytest.mark.parametrize(("backend", "nbits"), BACKENDS)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kvquant.plugin.capabilities import FORMATS
+from kvquant.scaffold import FORMATS
 from tests.integration.environment import ROOT
 
 

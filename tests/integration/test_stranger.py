@@ -190,7 +190,9 @@ def test_uninstalled_it_is_gone(lloyd):
         assert "lloyd" not in lloyd.backends()
         kind, message = lloyd.python(MAKE.format(["lloyd"]))["lloyd"]
         assert kind == "UnknownBackendError"
-        assert message.startswith("unknown backend 'lloyd'. Installed: bitsandbytes, hqq, lloydmax, quanto, reference, trellis.")
+        assert message.startswith(
+            "unknown backend 'lloyd'. Installed: bitsandbytes, hqq, lloydmax, quanto, reference, trellis."
+        )
     finally:
         lloyd.pip("install", "kvquant-plugin-lloyd")
 

@@ -9,8 +9,7 @@ import pytest
 import kvquant
 from kvquant.errors import OptionValueError, ProjectFolderError
 from kvquant.plugin import API_VERSION
-from kvquant.plugin.capabilities import FORMATS
-from kvquant.scaffold import new_project
+from kvquant.scaffold import FORMATS, new_project
 
 FILES = {
     "pyproject.toml",
