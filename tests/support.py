@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvquant.engine.packing import widths_of
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
 #: Options of a config whose model is made in no time, without an end of text, so that it generates as long as asked.
@@ -87,6 +88,14 @@ def packed_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def unpacked_nibbles(packed: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return what `packed_nibbles` packed."""
     return torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1)[:, :group_size]
+
+
+def random_codes(shape: tuple[int, ...], nbits: float, seed: int) -> Tensor:
+    """Return random codes, uint8 of `shape`, rows of which `nbits` bits can hold."""
+    wide, narrow = 2 ** widths_of(nbits)[0], 2 ** widths_of(nbits)[-1]
+    codes = torch.randint(0, wide, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes[..., shape[-1] // 2 :] &= narrow - 1
+    return codes
 
 
 FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "opaque": OpaqueMinMax}
