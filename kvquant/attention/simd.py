@@ -325,7 +325,7 @@ def dot_rows(
     table: Any,
     out: Any,
     width: Any,
-    nbits: Any,
+    half_bits: Any,
     group: Any,
     rows: Any,
     entries: Any,
@@ -339,19 +339,19 @@ def dot_rows(
         table: float32 pointer to `entries` numbers, at least 16; a code is its own number where `entries` is 0. For a
             mixed width, to `HALF_TABLE` numbers for each half, and `entries` is `HALF_TABLE`.
         out: float32 pointer ``[width / group, rows, room]``.
-        width, nbits, group, rows, entries, room: literal integers.
+        width, half_bits (of a code, counted in halves), group, rows, entries, room: literal integers.
     """
-    columns, bits, per, count, named, stride = _literals(width, nbits, group, rows, entries, room)
+    columns, bits, per, count, named, stride = _literals(width, half_bits, group, rows, entries, room)
     floats, byte_pointer = types.CPointer(types.float32), types.CPointer(types.uint8)
     signature = types.void(
-        byte_pointer, types.int64, types.int64, floats, floats, floats, width, nbits, group, rows, entries, room
+        byte_pointer, types.int64, types.int64, floats, floats, floats, width, half_bits, group, rows, entries, room
     )
 
     def block(builder: Any, arguments: Any, first: Any, unroll: int) -> None:
         packed, apart, _, queries, entry, target = arguments[:6]
         starts = [builder.gep(packed, [builder.mul(builder.add(first, _LONG(u)), apart)]) for u in range(unroll)]
         sums: dict[tuple[int, int, int, int], Any] = {}
-        for run in runs(columns, bits, per):
+        for run in runs(columns, bits / 2, per):
             numbers = [_numbers(builder, start, run, entry, named) for start in starts]
             for r in range(count):
                 factor = _load(builder, builder.gep(queries, [_LONG(r * columns + run.start)]), _FLOAT, run.length, 4)
@@ -390,7 +390,7 @@ def mix_rows(
     table: Any,
     out: Any,
     width: Any,
-    nbits: Any,
+    half_bits: Any,
     group: Any,
     rows: Any,
     entries: Any,
@@ -402,12 +402,12 @@ def mix_rows(
         codes, row_bytes, tokens, table, entries: as for `dot_rows`.
         weights: float32 pointer ``[width / group, rows, room]``.
         out: float32 pointer ``[rows, width]``.
-        width, nbits, group, rows, room: literal integers.
+        width, half_bits, group, rows, room: literal integers, as there.
     """
-    columns, bits, per, count, named, stride = _literals(width, nbits, group, rows, entries, room)
+    columns, bits, per, count, named, stride = _literals(width, half_bits, group, rows, entries, room)
     floats, byte_pointer = types.CPointer(types.float32), types.CPointer(types.uint8)
     signature = types.void(
-        byte_pointer, types.int64, types.int64, floats, floats, floats, width, nbits, group, rows, entries, room
+        byte_pointer, types.int64, types.int64, floats, floats, floats, width, half_bits, group, rows, entries, room
     )
 
     def batch(builder: Any, arguments: Any, together: list[Run]) -> None:
@@ -437,7 +437,7 @@ def mix_rows(
                 builder.store(builder.load(place), pointer, align=4)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = runs(columns, bits, per)
+        found = runs(columns, bits / 2, per)
         step = max(1, _SUMS // count)
         for first in range(0, len(found), step):
             batch(builder, arguments, found[first : first + step])

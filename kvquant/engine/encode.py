@@ -7,7 +7,7 @@ list of *pieces*, runs of whole blocks that share one layout; nothing of a store
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
-from kvquant.engine.packing import pack
+from kvquant.engine.packing import pack, widths_of
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Scheme
@@ -36,7 +36,7 @@ class Encoded:
         codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
         scale: floating, shaped as the grid of scales (see `grouping`).
         offset: like `scale` (affine), or None (codebook).
-        table: floating ``[2**nbits]`` (codebook), or None (affine).
+        table: floating ``[2**nbits]`` (codebook), or None (affine). Of a mixed width, those of both halves in turn.
         fits_half: whether scale and offset lose little in float16.
     """
 
@@ -75,13 +75,14 @@ class Encoder:
     Attributes:
         backend: the backend's name, for messages.
         quantizer: the backend's object.
-        scheme: bits, axis and group size.
+        scheme: bits, axis and group size; of the first half of the channels where `lower` is there.
         stream: ``"key"`` or ``"value"``.
         where: the layer, for messages.
         block: tokens of a block.
         dtype: floating type in which rows are handed to the backend.
         formats: formats that the backend declared; opaque stands alone.
         rotation: what is done to states before; None for nothing.
+        lower: what quantises the second half of the channels, in one bit less; None where all have the same width.
     """
 
     backend: str
@@ -93,9 +94,15 @@ class Encoder:
     dtype: torch.dtype
     formats: tuple[str, ...]
     rotation: Rotation | None = None
+    lower: Encoder | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
+
+    @property
+    def nbits(self) -> float:
+        """Bits of a code, on average over the channels."""
+        return self.scheme.nbits if self.lower is None else (self.scheme.nbits + self.lower.scheme.nbits) / 2
 
     def encode(self, states: Tensor, first_token: int, *, wide: bool = False) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
@@ -117,7 +124,7 @@ class Encoder:
         """
         for start, stop in self._chunks(states):
             try:
-                pieces = self._encode_chunk(states[:, :, start:stop])
+                pieces = self._encode_chunk(self._rotated(states[:, :, start:stop]))
             except BackendContractError:
                 raise
             except Exception as cause:
@@ -147,15 +154,26 @@ class Encoder:
         """The checks that everything passes on its way from the backend into the core."""
         return Border(self.backend, self.scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
 
-    def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
+    def _rotated(self, states: Tensor) -> Tensor:
         exact = states.to(self.dtype)
-        rotated = exact if self.rotation is None else self.rotation.apply(exact)
-        rows = states_to_rows(rotated, self.scheme.axis, self.scheme.group_size)
+        return exact if self.rotation is None else self.rotation.apply(exact)
+
+    def _quantize(self, states: Tensor) -> QuantizedRows | Opaque:
+        rows = states_to_rows(states, self.scheme.axis, self.scheme.group_size)
         if rows.untyped_storage().data_ptr() == states.untyped_storage().data_ptr():
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
         return self.quantizer.quantize(rows.contiguous())
 
     def _encode_rows(self, states: Tensor) -> Encoded:
+        if self.lower is None:
+            piece = self._unpacked(states)
+        else:
+            first, second = states.chunk(2, dim=3)
+            piece = self._beside(self._unpacked(first), self.lower._unpacked(second))
+        return replace(piece, codes=pack(piece.codes, self.nbits))
+
+    def _unpacked(self, states: Tensor) -> Encoded:
+        """Return a piece whose codes are ``[batch, kv_heads, tokens, channels]``."""
         scheme = self.scheme
         shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
         result = self._quantize(states)
@@ -165,7 +183,7 @@ class Encoder:
         codes = rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size)
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
-            codes=pack(codes, scheme.nbits),
+            codes=codes,
             scale=rows.scale.to(border.wide_dtype).reshape(grid),
             offset=None if rows.offset is None else rows.offset.to(border.wide_dtype).reshape(grid),
             table=None if rows.table is None else rows.table.to(border.wide_dtype),
@@ -199,6 +217,23 @@ class Encoder:
         """
         values = cast("OpaqueQuantizer", self.quantizer).dequantize(packed)
         return self.border.read(values, numbers // self.scheme.group_size)
+
+    def _beside(self, first: Encoded, second: Encoded) -> Encoded:
+        """Join the two halves of the channels."""
+        if (first.table is None) != (second.table is None):
+            raise BackendContractError(
+                self.backend, f"nbits={self.nbits} cannot be mixed: its two widths came in different formats"
+            )
+
+        def joined(one: Tensor | None, other: Tensor | None, dim: int = 3) -> Tensor | None:
+            return None if one is None else torch.cat([one, _given(other)], dim)
+
+        return Encoded(
+            codes=torch.cat([first.codes, second.codes], 3),
+            scale=torch.cat([first.scale, second.scale], 3),
+            offset=joined(first.offset, second.offset),
+            table=joined(first.table, second.table, 0),
+        )
 
     def _join(self, parts: list[Encoded]) -> Encoded:
         """Join pieces of different batch rows along the batch."""
@@ -242,10 +277,13 @@ class Encoder:
 
     def _fits_half(self, piece: Encoded) -> Tensor:
         """Return bool ``[blocks]``: rounding to float16 costs a small share of a step, for every group of the block."""
-        scale, reach = piece.scale, float(2**self.scheme.nbits - 1)
+        scale, widths = piece.scale, widths_of(self.nbits)
         step = scale.abs()
-        if piece.table is not None:
-            reach = _entry_over_gap(piece.table)
+        if piece.table is None:
+            reaches = [2.0**width - 1 for width in widths]
+        else:
+            reaches = [_entry_over_gap(table) for table in piece.table.split([2**width for width in widths])]
+        reach = scale.new_tensor(reaches).repeat_interleave(scale.shape[3] // len(widths))
         error = (scale.half().to(scale.dtype) - scale).abs() * reach
         if piece.offset is not None:
             error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()

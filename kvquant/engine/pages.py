@@ -17,7 +17,7 @@ from torch import Tensor
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
-from kvquant.engine.packing import packed_bytes, unpack
+from kvquant.engine.packing import packed_bytes, table_entries, unpack, widths_of
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 
 #: Bytes that an in-place selection may copy at once.
@@ -77,18 +77,20 @@ class CanonicalPage:
     """A page in a canonical format, affine or codebook: packed codes and a grid of scales.
 
     Attributes:
-        scheme: bits, axis and group size.
+        scheme: axis and group size; its bits are those of the first half of the channels where `nbits` is mixed.
+        nbits: bits of a code.
         head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: float16 or float32, the grid of scales of `capacity` tokens.
         offset: like `scale`, or None (codebook).
-        table: float32 ``[2**nbits]``, or None (affine).
+        table: float32 ``[table_entries(nbits)]``, or None (affine).
         length: valid tokens.
     """
 
     def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, home: Home) -> None:
         """Allocate a page of `capacity` tokens with the layout of `like`."""
         self.scheme, self._block, self.head_dim = encoder.scheme, encoder.block, head_dim
+        self.nbits = encoder.nbits
         self.length = 0
         batch, heads = like.codes.shape[:2]
         scales = capacity // self._tokens_per_scale
@@ -144,7 +146,7 @@ class CanonicalPage:
         codes = self._codes(first * per, last * per)
         scale = grouped_grid(self.scale[:, :, first:last].to(dtype), axis)
         if self.table is not None:
-            states = grouped(self.table.to(dtype)[codes.int()], axis, group_size).mul_(scale)
+            states = grouped(self.table.to(dtype)[self._entries(codes)], axis, group_size).mul_(scale)
         else:
             offset = grouped_grid(cast("Tensor", self.offset)[:, :, first:last].to(dtype), axis)
             states = grouped(codes.to(dtype), axis, group_size).mul_(scale).add_(offset)
@@ -152,9 +154,16 @@ class CanonicalPage:
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
-        codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
+        codes = unpack(self.codes[:, :, start:stop], self.nbits, self.head_dim)
         missing = stop - start - codes.shape[2]
         return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
+
+    def _entries(self, codes: Tensor) -> Tensor:
+        """Return the places in the table that codes name: behind the first half's table lies the second's."""
+        entries, (upper, *others) = codes.int(), widths_of(self.nbits)
+        if others:
+            entries[..., self.head_dim // 2 :] += 2**upper
+        return entries
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -220,19 +229,19 @@ class CanonicalPage:
         """
         page = cls.__new__(cls)
         page.scheme, page._block, page.head_dim, page.length = encoder.scheme, encoder.block, shape[3], shape[2]
-        per, nbits = page._tokens_per_scale, encoder.scheme.nbits
+        page.nbits, per = encoder.nbits, page._tokens_per_scale
         if capacity % page._block and capacity != page.length:
             raise saved.misfit(f"has room for {capacity} tokens, which are not whole blocks of {page._block}")
         scales = -(-page.length // per)
         grid = scale_grid_shape((*shape[:2], scales * per, shape[3]), encoder.scheme.axis, encoder.scheme.group_size)
         wide = dtype_name(encoder.border.wide_dtype)
-        page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], nbits)), ["uint8"])
+        page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], page.nbits)), ["uint8"])
         page.scale = saved.take("scale", grid, ["float16", wide])
         kind = "affine" if saved.has("offset") else "codebook"
         if kind not in encoder.formats:
             raise saved.misfit(f"is of the format {kind}, and the backend {encoder.backend!r} has {encoder.formats}")
         page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if kind == "affine" else None
-        page.table = saved.take("table", (2**nbits,), [wide]) if kind == "codebook" else None
+        page.table = saved.take("table", (table_entries(page.nbits),), [wide]) if kind == "codebook" else None
         page.codes = _with_room(page.codes, capacity)
         page.scale = _with_room(page.scale, -(-capacity // per))
         page.offset = None if page.offset is None else _with_room(page.offset, -(-capacity // per))

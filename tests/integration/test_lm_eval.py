@@ -324,7 +324,7 @@ def test_an_error_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         typed(monkeypatch, f"--model_args pretrained={MODEL_DIR},backend=hqq,nbits=7")
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "Error: nbits=7 cannot work: expected one of 1, 2, 3, 4, 8."
+    assert last == "Error: nbits=7 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."
     monkeypatch.setenv("KVQUANT_DEBUG", "1")
     with pytest.raises(OptionValueError):
         typed(monkeypatch, f"--model_args pretrained={MODEL_DIR},backend=hqq,nbits=7")

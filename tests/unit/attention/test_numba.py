@@ -46,7 +46,7 @@ def kernels(monkeypatch):
 class Kind:
     """What a kernel is compiled for."""
 
-    bits: tuple[int, int]
+    bits: tuple[float, float]
     widths: tuple[int, int] = (64, 64)
     axes: tuple[str, str] = ("channel", "token")
     formats: str = "affine"
@@ -68,6 +68,9 @@ KINDS = (
     Kind((8, 3), (48, 40), ("token", "channel"), "codebook", group=8),
     Kind((2, 1), (20, 72), ("channel", "channel"), "codebook", group=40),
     Kind((1, 8), (72, 24), ("token", "token"), "codebook", group=24, groups=1),
+    Kind((2.5, 3.5), (64, 128)),
+    Kind((1.5, 2.5), (48, 80), ("token", "channel"), "codebook", group=8),
+    Kind((3.5, 1.5), (20, 96), ("channel", "token"), "codebook", group=16, groups=2),
 )
 
 

@@ -74,7 +74,7 @@ def test_fresh_caches_of_every_kind():
             "unknown backend 'hqqq'. Did you mean 'hqq'? Known backends: bitsandbytes, hqq,",
         ),
         ("kivi-3", UnknownOptionError, "unknown backend 'kivi-3'. Did you mean 'kivi-"),
-        ("reference:5", OptionValueError, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8."),
+        ("reference:5", OptionValueError, "nbits=5 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
         ("", OptionValueError, "backends='' cannot work: expected BACKEND"),
         ("reference:2:3x", OptionValueError, "backends='reference:2:3x' cannot work: expected BACKEND"),
         ("reference,reference:4", OptionValueError, "expected each cache once; reference:4 is named twice"),
