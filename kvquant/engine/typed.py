@@ -48,7 +48,8 @@ def parse_width(text: str) -> float:
     """
     if not is_number(text.strip()):
         raise ValueError(text)
-    return float(text) if "." in text else int(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def parse_widths(text: str | None) -> tuple[float, ...] | None:

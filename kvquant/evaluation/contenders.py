@@ -85,7 +85,7 @@ class Contender:
         nbits = rest[1] if len(rest) > 1 else str(DEFAULT_NBITS if DEFAULT_NBITS in widths or not widths else widths[0])
         if not is_number(nbits):
             raise OptionValueError("caches", text, f"a number of bits at the end: {_SYNTAX}")
-        if widths and float(nbits) not in widths:
+        if widths and parse_width(nbits) not in widths:
             raise OptionValueError("caches", text, f"nbits from {', '.join(map(str, widths))} for {backend or kind}")
         return cls(kind, backend, parse_width(nbits))
 

@@ -24,6 +24,7 @@ def labels(text, shared=None):
         ("reference:8:2, hqq:4", ["reference:8", "reference:2", "hqq:4"]),
         ("full,reference:4", ["reference:4"]),
         ("reference:2:token", ["reference:2:token"]),
+        ("reference:2.5:4.0", ["reference:2.5", "reference:4"]),
         ("reference:2:skip_layers=[0,1],hqq:2", ["reference:2:skip_layers=[0,1]", "hqq:2"]),
         ("reference:2:axis_key=token:sink_length=4", ["reference:2:axis_key=token:sink_length=4"]),
         ("kivi-2,kivi-4:sink_length=4", ["kivi-2", "kivi-4:sink_length=4"]),
@@ -81,6 +82,7 @@ def test_fresh_caches_of_every_kind():
         ("reference:2:token:channel", OptionValueError, "expected one axis for both, or axis_key=... and axis_value="),
         ("kivi-2:4", OptionValueError, "expected no bits after the preset 'kivi-2', which says them itself"),
         ("reference:2:sink_length=-1", OptionValueError, "sink_length=-1 cannot work"),
+        ("quanto:2.5", UnsupportedError, "nbits=2.5 is a mix of 3 and 2 bits; supported: 2, 4, 8"),
         ("bitsandbytes:3", UnsupportedError, "nbits=3 is not supported; supported: 4, 8"),
         ("quanto:4:qtype=foo", BackendFactoryError, "qtype='foo' is not supported"),
         (
@@ -155,6 +157,7 @@ def filled(candidate, tokens=96):
         ("reference:2:group_size=16:residual_length=0", 2 + 32 / 16),
         ("reference:4:axis_key=token:group_size=16:residual_length=0", 4 + 32 / 16),
         ("reference:8:group_size=8:residual_length=40", 8 + 32 / 8),
+        ("reference:2.5:group_size=8:residual_length=0", 2.5 + 32 / 8),
         ("transformers:quanto:4:group_size=64", 4 + 2 * 32 / 64),  # a scale and a shift, in the type of the states
         ("transformers:hqq:2:group_size=64", 2 + 2 * 32 / 64),
         ("transformers:fp8", 8),
