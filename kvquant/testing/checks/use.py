@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvquant.cache.cache import QuantizedCache
-from kvquant.engine.settings import MIXED_FORMATS
 from kvquant.testing import data
 from kvquant.testing.check import check, require
 from kvquant.testing.outcomes import NotApplicable
@@ -18,8 +17,7 @@ from kvquant.testing.subject import Case, Subject, known_name
 def cache(case: Case) -> None:
     """In a cache: append, crop and reorder leave the dequantised states right."""
     with known_name(case.backend) as name:
-        for nbits in _widths(case):
-            _append_crop_reorder(case, name, nbits)
+        _append_crop_reorder(case, name)
 
 
 @check("attention", "backend")
@@ -32,15 +30,15 @@ def attention(subject: Subject) -> str:
         return ", ".join(dict.fromkeys(_attend(case, name) for case in cases.values()))
 
 
-def _append_crop_reorder(case: Case, name: str, nbits: float) -> None:
+def _append_crop_reorder(case: Case, name: str) -> None:
     states = _states(case)
     tokens, block = states[0].shape[2], _block(case)
-    whole = _filled(case, name, states, [tokens], nbits)
+    whole = _filled(case, name, states, [tokens])
     held = _held(whole)
     if case.backend.capabilities.deterministic:
         parts = [block, 1, block + 3, tokens - 2 * block - 4]
         require(
-            _equal(held, _held(_filled(case, name, states, parts, nbits))),
+            _equal(held, _held(_filled(case, name, states, parts))),
             "states appended in parts differ from states appended at once",
         )
     other_order = torch.tensor([1, 0], device=states[0].device)
@@ -72,18 +70,10 @@ def _attend(case: Case, name: str) -> str:
     return f"by {whole.memory_report().attention}"
 
 
-def _widths(case: Case) -> tuple[float, ...]:
-    """Return the case's width, and that half a bit below where the core can mix it."""
-    can, nbits = case.backend.capabilities, case.scheme.nbits
-    mixes = nbits - 1 in can.nbits and len(can.formats) == 1 and can.formats[0] in MIXED_FORMATS
-    return (nbits, nbits - 0.5) if mixes else (nbits,)
-
-
 def _states(case: Case) -> tuple[Tensor, Tensor]:
     """Return keys and values of three blocks and a few tokens, ``[2, 2, tokens, head_dim]``."""
     size = case.scheme.group_size
-    span = 1 if case.scheme.axis == "channel" else 2 * size  # groups lie in one half of the channels
-    head_dim = -(-32 // span) * span
+    head_dim = 32 if case.scheme.axis == "channel" else -(-32 // size) * size
     tokens = 3 * _block(case) + 5
     states = data.gaussian(2 * 2 * tokens, head_dim).reshape(2, 2, tokens, head_dim)
     return case.rows(states), case.rows(states.flip(2))
@@ -93,13 +83,11 @@ def _block(case: Case) -> int:
     return case.scheme.group_size if case.scheme.axis == "channel" else 32
 
 
-def _filled(
-    case: Case, name: str, states: tuple[Tensor, Tensor], sizes: list[int], nbits: float | None = None
-) -> QuantizedCache:
-    """Return a cache that was given the states in parts of these sizes; in `nbits` bits, if not in the case's."""
+def _filled(case: Case, name: str, states: tuple[Tensor, Tensor], sizes: list[int]) -> QuantizedCache:
+    """Return a cache that was given the states in parts of these sizes."""
     made = QuantizedCache(
         backend=name,
-        nbits=nbits or case.scheme.nbits,
+        nbits=case.scheme.nbits,
         axis_key=case.scheme.axis,
         axis_value=case.scheme.axis,
         group_size=case.scheme.group_size,
