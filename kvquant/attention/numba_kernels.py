@@ -44,6 +44,7 @@ from kvquant.attention.numba_trellis import expand
 from kvquant.attention.parts import Part, Segment, segments
 from kvquant.attention.simd import TRELLIS, expanded_bytes, next_share, pointer_to
 from kvquant.engine.body import Body
+from kvquant.engine.packing import table_sizes
 from kvquant.engine.pages import CanonicalPage
 
 #: Tokens that are scored before they are mixed: their scores, weights and codes stay in the first cache.
@@ -57,7 +58,7 @@ _WORTH_THREADS = 1 << 18
 #: Shares of the work for each thread, at least: one that is held up leaves its shares to the others.
 _SHARES_EACH = 4
 #: Entries of a table for the kernel, which looks codes of up to four bits up in a register of sixteen.
-_FEWEST_ENTRIES = 16
+_FEWEST_ENTRIES = simd.HALF_TABLE
 
 #: What a kernel is told: how many shares have been taken, sizes, and addresses. `pages` are int64 ``[segments, 2 (keys,
 #: values), fields]``, see `numba_blocks.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
@@ -81,13 +82,13 @@ class Stream:
         width: head_dim.
         nbits, group: of the scheme.
         channel: whether tokens share a scale.
-        entries: entries of the table, 0 for the affine format.
+        entries: entries of the table, or of each half's, 0 for the affine format.
         shifted: whether scales have offsets.
         taps: of the trellis, zeros where there is none.
     """
 
     width: int
-    nbits: int
+    nbits: float
     group: int
     channel: bool
     entries: int
@@ -98,11 +99,11 @@ class Stream:
     def of(cls, page: CanonicalPage) -> Stream:
         """Return what a page needs."""
         scheme = page.scheme
-        entries = 0 if page.table is None else max(_FEWEST_ENTRIES, page.table.numel())
+        entries = 0 if page.table is None else max(_FEWEST_ENTRIES, table_sizes(page.nbits, page.taps)[0])
         shifted, taps = page.offset is not None, page.taps or (0, 0)
         return cls(
             page.head_dim,
-            scheme.nbits,
+            page.nbits,
             scheme.group_size,
             scheme.axis == "channel",
             entries,
@@ -111,9 +112,9 @@ class Stream:
         )
 
     @property
-    def row_bits(self) -> int:
-        """How `simd.runs` is told what rows are read."""
-        return self.nbits + (TRELLIS if any(self.taps) else 0)
+    def half_bits(self) -> int:
+        """How `simd.dot_rows` and `simd.mix_rows` are told what rows are read."""
+        return int(2 * (self.nbits + (TRELLIS if any(self.taps) else 0)))
 
 
 @cache
@@ -130,11 +131,11 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     It takes the address of int64 numbers, see `JOB`, and works on shares of the job until none is left, beside other
     threads that do the same.
     """
-    k_width, k_bits, k_per, k_table = key.width, key.nbits, key.group, key.entries
-    v_width, v_bits, v_per, v_table = value.width, value.nbits, value.group, value.entries
-    k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.row_bits, value.row_bits
+    k_width, k_bits, k_per, k_table = key.width, int(key.nbits), key.group, key.entries
+    v_width, v_bits, v_per, v_table = value.width, int(value.nbits), value.group, value.entries
+    k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.half_bits, value.half_bits
     (k_high, k_low), (v_high, v_low) = key.taps, value.taps
-    expanded = max([0, *(expanded_bytes(one.width, one.nbits) for one in (key, value) if any(one.taps))])
+    expanded = max([0, *(expanded_bytes(one.width, int(one.nbits)) for one in (key, value) if any(one.taps))])
     k_groups = 1 if key.channel else k_width // k_per
     v_groups = 1 if value.channel else v_width // v_per
     # Flags, and not the functions that they choose between: numba finds a kernel on disk by all that it closes over,
@@ -384,8 +385,8 @@ def _described(segment: Segment, tables: list[Tensor]) -> list[list[int]]:
 def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> list[int]:
     table = 0
     if page.table is not None:
-        times = max(1, _FEWEST_ENTRIES // page.table.numel())
-        tables.append(page.table.float().repeat(times))
+        halves = page.table.float().split(table_sizes(page.nbits, page.taps))
+        tables.append(torch.cat([half.repeat(max(1, _FEWEST_ENTRIES // len(half))) for half in halves]))
         table = tables[-1].data_ptr()
     outliers = [0, 0, 0, 0, 1]
     if page.outliers is not None:
