@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvquant.engine.packing import widths_of
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 
 #: Options of a config whose model is made in no time, without an end of text, so that it generates as long as asked.
@@ -89,6 +92,32 @@ def packed_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def unpacked_nibbles(packed: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return what `packed_nibbles` packed."""
     return torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1)[:, :group_size]
+
+
+def random_codes(shape: tuple[int, ...], nbits: float, seed: int) -> Tensor:
+    """Return random codes, uint8 of `shape`, rows of which `nbits` bits can hold."""
+    wide, narrow = 2 ** widths_of(nbits)[0], 2 ** widths_of(nbits)[-1]
+    codes = torch.randint(0, wide, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes[..., shape[-1] // 2 :] &= narrow - 1
+    return codes
+
+
+def possible_width(nbits: float, kind: str, axis: str, group_size: int, head_dim: int) -> float:
+    """Return `nbits`, or the width below where a mixed one cannot be."""
+    halves_fit = axis == "channel" or head_dim // 2 % group_size == 0
+    return nbits if kind != "opaque" and halves_fit and head_dim % 2 == 0 else int(nbits)
+
+
+def possible_options(options: dict[str, Any], key_dim: int, value_dim: int) -> dict[str, Any]:
+    """Return options of a cache, with whole widths where mixed ones cannot be."""
+    kind, group_size = options["backend"].removeprefix("test-"), options["group_size"]
+    widths = {
+        f"nbits_{stream}": possible_width(
+            options[f"nbits_{stream}"], kind, options[f"axis_{stream}"], group_size, head_dim
+        )
+        for stream, head_dim in (("key", key_dim), ("value", value_dim))
+    }
+    return options | widths
 
 
 FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "opaque": OpaqueMinMax}

@@ -76,11 +76,12 @@ def fetch(address: Any, count: Any, stored: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath=True, inline="always")
-def fetch_offsets(address: Any, count: Any, stored: Any, scales: Any, bits: Any, entries: Any, out: Any) -> None:
+def fetch_offsets(address: Any, count: Any, stored: Any, scales: Any, half_bits: Any, entries: Any, out: Any) -> None:
     """Read `count` offsets whose scales have been read; in bytes they are relative to those (see `engine.scales`)."""
     if stored == BYTES:
-        span = np.float32(4.0 if entries else 2.0 ** math.ceil(bits))
-        middle = np.float32(0.0 if entries else (2.0 ** math.ceil(bits) - 1) / 2)
+        levels = 2.0 ** ((half_bits + 1) // 2)
+        span = np.float32(4.0 if entries else levels)
+        middle = np.float32(0.0 if entries else (levels - 1) / 2)
         octets = carray(pointer_to(address, 0), (count,))
         part = span / np.float32(PARTS)
         for index in range(count):
@@ -108,10 +109,10 @@ def fetch_by_group(page: Any, address: Any, count: Any, groups: Any, work: Any) 
 
 @njit(nogil=True, inline="always")
 def fetch_offsets_by_group(
-    page: Any, address: Any, count: Any, groups: Any, bits: Any, entries: Any, work: Any
+    page: Any, address: Any, count: Any, groups: Any, half_bits: Any, entries: Any, work: Any
 ) -> None:
     """Read the offsets of `count` tokens whose scales `fetch_by_group` has read, to ``offsets_by_group``."""
-    fetch_offsets(address, count * groups, page[STORED], work.scales, bits, entries, work.offsets)
+    fetch_offsets(address, count * groups, page[STORED], work.scales, half_bits, entries, work.offsets)
     for group in range(groups):
         for token in range(count):
             work.offsets_by_group[group, token] = work.offsets[token * groups + group]
@@ -135,7 +136,7 @@ def score_by_channel(
     codes: Any,
     apart: Any,
     shape: Any,
-    bits: Any,
+    half_bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
@@ -154,7 +155,7 @@ def score_by_channel(
                 work.folded[r, d] = own[r, d] * work.scales[d]
         if shifted:
             address = scales_at(page, OFFSET, batch, head, group, shape)
-            fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
+            fetch_offsets(address, shape, page[STORED], work.scales, half_bits, entries, work.offsets)
             for r in range(rows):
                 shift = np.float32(0)
                 for d in range(shape):
@@ -168,7 +169,7 @@ def score_by_channel(
             pointer_to(page[TABLE], 1),
             pointer_to(work.products.ctypes.data, 1),
             shape,
-            bits,
+            half_bits,
             shape,
             rows,
             entries,
@@ -193,7 +194,7 @@ def score_by_token(
     codes: Any,
     apart: Any,
     shape: Any,
-    bits: Any,
+    half_bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
@@ -210,7 +211,7 @@ def score_by_token(
         pointer_to(page[TABLE], 1),
         pointer_to(work.products.ctypes.data, 1),
         shape,
-        bits,
+        half_bits,
         per,
         rows,
         entries,
@@ -220,7 +221,7 @@ def score_by_token(
     fetch_by_group(page, address, count, groups, work)
     if shifted:
         address = scales_at(page, OFFSET, batch, head, position, groups)
-        fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
+        fetch_offsets_by_group(page, address, count, groups, half_bits, entries, work)
     for r in range(rows):
         for t in range(count):
             work.scores[r, t] = 0
@@ -370,7 +371,7 @@ def mix_by_channel(
     codes: Any,
     apart: Any,
     shape: Any,
-    bits: Any,
+    half_bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
@@ -390,7 +391,7 @@ def mix_by_channel(
             pointer_to(page[TABLE], 1),
             pointer_to(work.mix.ctypes.data, 1),
             shape,
-            bits,
+            half_bits,
             shape,
             rows,
             entries,
@@ -402,7 +403,7 @@ def mix_by_channel(
                 work.sums[r, d] += work.mix[r, d] * work.scales[d]
         if shifted:
             address = scales_at(page, OFFSET, batch, head, group, shape)
-            fetch_offsets(address, shape, page[STORED], work.scales, bits, entries, work.offsets)
+            fetch_offsets(address, shape, page[STORED], work.scales, half_bits, entries, work.offsets)
             for r in range(rows):
                 weight = np.float32(0)
                 weights = work.scores[r, done:stop]
@@ -424,7 +425,7 @@ def mix_by_token(
     codes: Any,
     apart: Any,
     shape: Any,
-    bits: Any,
+    half_bits: Any,
     per: Any,
     rows: Any,
     entries: Any,
@@ -441,7 +442,7 @@ def mix_by_token(
                 work.weights[g, r, t] = work.scores[r, t] * work.by_group[g, t]
     if shifted:
         address = scales_at(page, OFFSET, batch, head, position, groups)
-        fetch_offsets_by_group(page, address, count, groups, bits, entries, work)
+        fetch_offsets_by_group(page, address, count, groups, half_bits, entries, work)
         for g in range(groups):
             for r in range(rows):
                 shift = np.float32(0)
@@ -456,7 +457,7 @@ def mix_by_token(
         pointer_to(page[TABLE], 1),
         pointer_to(work.mix.ctypes.data, 1),
         shape,
-        bits,
+        half_bits,
         per,
         rows,
         entries,

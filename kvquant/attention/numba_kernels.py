@@ -42,9 +42,9 @@ from kvquant.attention.numba_blocks import (
 )
 from kvquant.attention.numba_trellis import expand, index_bits
 from kvquant.attention.parts import Part, Segment, segments
-from kvquant.attention.simd import LANES, next_share, pointer_to
+from kvquant.attention.simd import HALF_TABLE, LANES, next_share, pointer_to
 from kvquant.engine.body import Body
-from kvquant.engine.packing import packed_bytes
+from kvquant.engine.packing import packed_bytes, table_sizes
 from kvquant.engine.pages import CanonicalPage
 
 #: Tokens that are scored before they are mixed: their scores, weights and codes stay in the first cache.
@@ -82,13 +82,13 @@ class Stream:
         width: head_dim.
         nbits, group: of the scheme.
         channel: whether tokens share a scale.
-        entries: entries of the table, 0 for the affine format.
+        entries: entries of the table, or of each half's, 0 for the affine format.
         shifted: whether scales have offsets.
         taps: of the trellis, zeros where there is none.
     """
 
     width: int
-    nbits: int
+    nbits: float
     group: int
     channel: bool
     entries: int
@@ -99,11 +99,11 @@ class Stream:
     def of(cls, page: CanonicalPage) -> Stream:
         """Return what a page needs."""
         scheme = page.scheme
-        entries = 0 if page.table is None else max(_FEWEST_ENTRIES, page.table.numel())
+        entries = 0 if page.table is None else _entries(page)
         shifted, taps = page.offset is not None, page.taps or (0, 0)
         return cls(
             page.head_dim,
-            scheme.nbits,
+            page.nbits,
             scheme.group_size,
             scheme.axis == "channel",
             entries,
@@ -112,9 +112,14 @@ class Stream:
         )
 
     @property
-    def row_bits(self) -> int:
+    def row_bits(self) -> float:
         """Bits of what the rows hold that are read: codes, or the indices that those of a trellis become."""
-        return index_bits(self.nbits) if any(self.taps) else self.nbits
+        return index_bits(int(self.nbits)) if any(self.taps) else self.nbits
+
+    @property
+    def half_bits(self) -> int:
+        """How `simd.dot_rows` and `simd.mix_rows` are told what rows are read."""
+        return int(2 * self.row_bits)
 
     @property
     def expanded(self) -> int:
@@ -136,9 +141,9 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
     It takes the address of int64 numbers, see `JOB`, and works on shares of the job until none is left, beside other
     threads that do the same.
     """
-    k_width, k_bits, k_per, k_table = key.width, key.nbits, key.group, key.entries
-    v_width, v_bits, v_per, v_table = value.width, value.nbits, value.group, value.entries
-    k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.row_bits, value.row_bits
+    k_width, k_bits, k_per, k_table = key.width, int(key.nbits), key.group, key.entries
+    v_width, v_bits, v_per, v_table = value.width, int(value.nbits), value.group, value.entries
+    k_shifted, v_shifted, k_read, v_read = key.shifted, value.shifted, key.half_bits, value.half_bits
     (k_high, k_low), (v_high, v_low) = key.taps, value.taps
     expanded = max(key.expanded, value.expanded)
     k_groups = 1 if key.channel else k_width // k_per
@@ -386,11 +391,17 @@ def _described(segment: Segment, tables: list[Tensor]) -> list[list[int]]:
     return [[*_described_page(page, first, tables), *where] for page, first in streams]
 
 
+def _entries(page: CanonicalPage) -> int:
+    """Return how many entries of a page's table, or of each half's, the kernel is given; they repeat."""
+    sizes = table_sizes(page.nbits, page.taps)
+    return max(_FEWEST_ENTRIES if len(sizes) == 1 else HALF_TABLE, sizes[0])
+
+
 def _described_page(page: CanonicalPage, first: int, tables: list[Tensor]) -> list[int]:
     table = 0
     if page.table is not None:
-        times = max(1, _FEWEST_ENTRIES // page.table.numel())
-        tables.append(page.table.float().repeat(times))
+        halves = page.table.float().split(table_sizes(page.nbits, page.taps))
+        tables.append(torch.cat([half.repeat(_entries(page) // len(half)) for half in halves]))
         table = tables[-1].data_ptr()
     outliers = [0, 0, 0, 0, 1]
     if page.outliers is not None:

@@ -9,8 +9,9 @@ Everything that shapes the loops is a literal integer. LLVM turns the vectors in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llvmlite import binding, ir
@@ -18,10 +19,11 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from kvquant.engine.packing import packed_bytes
 from kvquant.engine.scales import LOWEST_EXPONENT
 
-#: Whether numba compiles for registers of 512 bits.
 _FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+#: Whether numba compiles for registers of 512 bits.
 _WIDE = "+avx512f" in _FEATURES
 #: Whether registers of 256 bits can be looked up in.
 _PERMUTES = "+avx2" in _FEATURES
@@ -50,15 +52,46 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Where the highest bits of a run of codes are, in order.
+
+    Attributes:
+        bit: the first of as many bits as there are codes, counted from the low bit of the row's first byte.
+        raised: by which a bit is shifted left.
+    """
+
+    bit: int
+    raised: int
+
+
+@dataclass(frozen=True)
 class Run:
-    """Contiguous codes that one vector takes: `length` from code `start`, put together from `fields`."""
+    """Contiguous codes that one vector takes: `length` from code `start`, put together from `fields` and `highest`.
+
+    Attributes:
+        table: the first entry of the table that its codes name: the second half of a row may have one of its own.
+    """
 
     start: int
     length: int
     fields: tuple[Field, ...]
+    highest: Bits | None = None
+    table: int = 0
+
+    @property
+    def mask(self) -> int:
+        """The largest code."""
+        found = 0 if self.highest is None else 1 << self.highest.raised
+        for field in self.fields:
+            found |= field.mask << field.raised
+        return found
 
 
-def runs(width: int, nbits: int, group: int) -> list[Run]:
+#: Entries of a table for one half of a row, repeated where it has fewer: a register of numbers.
+HALF_TABLE = 16
+
+
+def runs(width: int, nbits: float, group: int) -> list[Run]:
     """Return the runs of a packed row, none across the border of a group, those of the same bytes together.
 
     Args:
@@ -66,6 +99,18 @@ def runs(width: int, nbits: int, group: int) -> list[Run]:
         nbits: bits of a code.
         group: codes of a group; `width` where a row lies in one group.
     """
+    lower, half = int(nbits), width // 2
+    if nbits == lower:
+        return _plain_runs(width, lower, group)
+    first_bit = 8 * packed_bytes(width, lower)
+    return [
+        replace(run, highest=Bits(first_bit + run.start, lower)) if run.start < half else replace(run, table=HALF_TABLE)
+        for run in _plain_runs(width, lower, math.gcd(group, half))
+    ]
+
+
+def _plain_runs(width: int, nbits: int, group: int) -> list[Run]:
+    """Return the runs of a row of one width."""
     padded = -(-width // 8) * 8
     plane_bits = 1 if nbits == 3 else nbits
     plane = padded * plane_bits // 8  # codes of a plane, one a byte
@@ -128,9 +173,10 @@ def _splat(builder: Any, number: Any, length: int) -> Any:
 
 def _numbers(builder: Any, row: Any, run: Run, table: Any, entries: int) -> Any:
     """Return the codes of a run as floats, or the entries of a table that they name."""
-    by_register = LANES == run.length == 16 and (entries == 16 or (not entries and run.fields[0].mask < 16))
+    by_register = LANES == run.length == 16 and (entries == 16 or (not entries and run.mask < 16))
     by_half_register = _PERMUTES and run.length <= 8 and entries in (8, 16)
-    unmasked = len(run.fields) == 1 and (by_register or (by_half_register and entries == 8))
+    lone = len(run.fields) == 1 and run.highest is None
+    unmasked = lone and (by_register or (by_half_register and entries == 8))
     codes = None
     for field in run.fields:
         part = _load(builder, builder.gep(row, [_LONG(field.byte)]), _BYTE, run.length, 1)
@@ -142,11 +188,16 @@ def _numbers(builder: Any, row: Any, run: Run, table: Any, entries: int) -> Any:
         if field.raised:
             part = builder.shl(part, _constant(field.raised, run.length))
         codes = part if codes is None else builder.or_(codes, part)
+    if run.highest is not None:
+        bits = _bits(builder, row, run.highest, run.length)
+        raised = _constant(1 << run.highest.raised, run.length)
+        codes = builder.or_(codes, builder.select(bits, raised, _constant(0, run.length)))
+    if run.table and entries:
+        table = builder.gep(table, [_LONG(run.table)])
     if by_register:
         # A register of sixteen numbers is looked up by the low four bits of each code, in one instruction, which is
         # less than masking and converting. Its entries repeat where a code has fewer bits.
-        mask = run.fields[0].mask if len(run.fields) == 1 else 7
-        counted = ir.Constant(_vector(_FLOAT, 16), [float(entry & mask) for entry in range(16)])
+        counted = ir.Constant(_vector(_FLOAT, 16), [float(entry & run.mask) for entry in range(16)])
         held = _load(builder, table, _FLOAT, 16, 4) if entries else counted
         return _call(builder, "llvm.x86.avx512.permvar.sf.512", held.type, [held, codes])
     if not entries:
@@ -168,6 +219,18 @@ def _permuted(builder: Any, codes: Any, table: Any, entries: int) -> Any:
     if length == 8:
         return low
     return builder.shuffle_vector(low, low, ir.Constant(_vector(_INT, length), list(range(length))))
+
+
+def _bits(builder: Any, row: Any, where: Bits, length: int) -> Any:
+    """Return `length` bits in order, one a lane."""
+    byte, before = divmod(where.bit, 8)
+    word = ir.IntType(8 * -(-(before + length) // 8))
+    bits = builder.load(builder.bitcast(builder.gep(row, [_LONG(byte)]), word.as_pointer()), align=1)
+    if before:
+        bits = builder.lshr(bits, word(before))
+    if word.width > length:
+        bits = builder.trunc(bits, ir.IntType(length))
+    return builder.bitcast(bits, _vector(ir.IntType(1), length))
 
 
 def _gathered(builder: Any, codes: Any, table: Any) -> Any:
@@ -295,7 +358,7 @@ def dot_rows(
     table: Any,
     out: Any,
     width: Any,
-    nbits: Any,
+    half_bits: Any,
     group: Any,
     rows: Any,
     entries: Any,
@@ -307,20 +370,21 @@ def dot_rows(
         codes: uint8 pointer to the first row; rows are `row_bytes` apart, and there are `tokens`.
         query: float32 pointer ``[rows, width]``.
         table: float32 pointer to `entries` numbers, at least `LANES`; a code is its own number where `entries` is 0.
+            For a mixed width, to `HALF_TABLE` numbers for each half, and `entries` is `HALF_TABLE`.
         out: float32 pointer ``[width / group, rows, room]``.
-        width, nbits, group, rows, entries, room: literal integers.
+        width, half_bits (of a code, counted in halves), group, rows, entries, room: literal integers.
     """
-    columns, bits, per, count, named, stride = _literals(width, nbits, group, rows, entries, room)
+    columns, bits, per, count, named, stride = _literals(width, half_bits, group, rows, entries, room)
     floats, byte_pointer = types.CPointer(types.float32), types.CPointer(types.uint8)
     signature = types.void(
-        byte_pointer, types.int64, types.int64, floats, floats, floats, width, nbits, group, rows, entries, room
+        byte_pointer, types.int64, types.int64, floats, floats, floats, width, half_bits, group, rows, entries, room
     )
 
     def block(builder: Any, arguments: Any, first: Any, unroll: int) -> None:
         packed, apart, _, queries, entry, target = arguments[:6]
         starts = [builder.gep(packed, [builder.mul(builder.add(first, _LONG(u)), apart)]) for u in range(unroll)]
         sums: dict[tuple[int, int, int, int], Any] = {}
-        for run in runs(columns, bits, per):
+        for run in runs(columns, bits / 2, per):
             numbers = [_numbers(builder, start, run, entry, named) for start in starts]
             for r in range(count):
                 factor = _load(builder, builder.gep(queries, [_LONG(r * columns + run.start)]), _FLOAT, run.length, 4)
@@ -359,7 +423,7 @@ def mix_rows(
     table: Any,
     out: Any,
     width: Any,
-    nbits: Any,
+    half_bits: Any,
     group: Any,
     rows: Any,
     entries: Any,
@@ -371,12 +435,12 @@ def mix_rows(
         codes, row_bytes, tokens, table, entries: as for `dot_rows`.
         weights: float32 pointer ``[width / group, rows, room]``.
         out: float32 pointer ``[rows, width]``.
-        width, nbits, group, rows, room: literal integers.
+        width, half_bits, group, rows, room: literal integers, as there.
     """
-    columns, bits, per, count, named, stride = _literals(width, nbits, group, rows, entries, room)
+    columns, bits, per, count, named, stride = _literals(width, half_bits, group, rows, entries, room)
     floats, byte_pointer = types.CPointer(types.float32), types.CPointer(types.uint8)
     signature = types.void(
-        byte_pointer, types.int64, types.int64, floats, floats, floats, width, nbits, group, rows, entries, room
+        byte_pointer, types.int64, types.int64, floats, floats, floats, width, half_bits, group, rows, entries, room
     )
 
     def batch(builder: Any, arguments: Any, together: list[Run]) -> None:
@@ -406,7 +470,7 @@ def mix_rows(
                 builder.store(builder.load(place), pointer, align=4)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = runs(columns, bits, per)
+        found = runs(columns, bits / 2, per)
         step = max(1, _SUMS // count)
         for first in range(0, len(found), step):
             batch(builder, arguments, found[first : first + step])

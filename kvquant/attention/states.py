@@ -87,7 +87,7 @@ class QuantizedStates(LazyStates):
         else:
             encoder = self.store.body.encoder
             state = (
-                f"{len(self.store.body)} of {len(self.store)} tokens in {encoder.scheme.nbits} bits by "
+                f"{len(self.store.body)} of {len(self.store)} tokens in {encoder.nbits} bits by "
                 f"{encoder.backend}; .dequantize() gives the numbers"
             )
         return f"QuantizedStates({self.stream}, shape={list(self.shape)}, dtype={self.dtype}, {state})"

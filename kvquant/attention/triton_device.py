@@ -19,7 +19,8 @@ one pass over the codes where three terms would take three.
 
 How codes are unpacked. A plane of a byte (see `kvquant.engine.packing`) is a run of channels and has a product of its
 own: its operand is a shift and a mask of the bytes as they were loaded, nothing is interleaved or laid out anew.
-Tuples of tensors hold what there is of each plane.
+Tuples of tensors hold what there is of each plane. Of a mixed width the planes are those of the width below; the
+highest bits of the first half are loaded beside each plane, eight lanes from one byte.
 """
 # Annotations of `tl.constexpr` are read by triton, which wants them evaluated: no `from __future__` here.
 
@@ -50,13 +51,13 @@ def _channels(plane: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, pa
 
 
 @triton.jit
-def _bytes(codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
+def _bytes(codes, token, valid, lower: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
     """Load packed rows, each byte once: the bytes of the planes, and of the plane of high bits for 3 bits.
 
     Args:
         codes: the packed rows of one head, `stride` bytes each.
         token, valid: ``[tokens]``, where in the page the tokens are, and whether they are to be read.
-        nbits: bits of a code.
+        lower: bits of a code, of a mixed width those of the second half.
         row, padded: codes of a plane (for 3 bits, of the planes of low bits), the same padded to a power of two.
 
     Returns:
@@ -70,29 +71,48 @@ def _bytes(codes, token, valid, nbits: tl.constexpr, stride: tl.constexpr, row: 
         read = valid[:, None] & (at < row)[None, :]
     low = tl.load(start + at[None, :], mask=read, other=0)
     high = low
-    if nbits == 3:
+    if lower == 3:
         # There are half as many bytes of high bits, so each is read twice, the second time from L1.
         high = tl.load(start + row + (at % (row // 2))[None, :], mask=read, other=0)
     return low, high
 
 
 @triton.jit
+def _highest(
+    codes, token, valid, plane: tl.constexpr,
+    lower: tl.constexpr, stride: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """Load the highest bits of the codes of a plane, which the first half of the channels has: ``[tokens, padded]``."""
+    channel, inside = _channels(plane, head_dim // 2, row, padded)
+    start = codes + (token * stride)[:, None] + (head_dim + 7) // 8 * lower
+    found = tl.load(start + (channel // 8)[None, :], mask=valid[:, None] & inside[None, :], other=0)
+    return (found >> (channel % 8)[None, :].to(tl.uint8)) & 1
+
+
+@triton.jit
 def _numbers(
-    low, high, plane: tl.constexpr, table, scale, offset,
-    nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
+    low, high, highest, plane: tl.constexpr, table, scale, offset,
+    nbits: tl.constexpr, lower: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr,
+    head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """Return what stands for the codes of a plane in a product: bfloat16 where that is exact, else float32.
 
     Up to 4 bits the code is put behind a bfloat16's exponent, which gives ``1 + code / 2**nbits`` for one cheap
     operation; `_folded` undoes it. Conversions from integers run at a half of the rate of arithmetic at best.
     """
-    width: tl.constexpr = 2 if nbits == 3 else nbits
+    width: tl.constexpr = 2 if lower == 3 else lower
     codes = (low >> (plane * width)) & ((1 << width) - 1)
-    if nbits == 3:
+    if lower == 3:
         second = (tl.arange(0, padded) >= row // 2).to(tl.uint8)  # the plane of high bits has half as many bytes
         codes = codes | (((high >> (plane * 2 + second)[None, :].to(tl.uint8)) & 1) << 2)
+    if nbits != lower:
+        codes = codes | (highest << lower)
     if codebook:
-        numbers = tl.load(table + codes.to(tl.int32))
+        entries = codes.to(tl.int32)
+        if nbits != lower:  # the second half of the channels has its own table, behind that of the first
+            channel, _inside = _channels(plane, head_dim, row, padded)
+            entries += tl.where(channel >= head_dim // 2, 1 << nbits, 0)[None, :]
+        numbers = tl.load(table + entries)
         if mode == GENERAL:
             numbers = numbers * scale
     elif mode == GENERAL:
@@ -234,11 +254,11 @@ def attend_split(
     first, tokens, front, blocks, slot, slots, rows, query_tokens, kv_heads,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, BOOLEAN: tl.constexpr, LIMITED: tl.constexpr,
     TILE: tl.constexpr, RB: tl.constexpr,
-    K_BITS: tl.constexpr, K_BOOK: tl.constexpr, K_MODE: tl.constexpr, K_BY_CHANNEL: tl.constexpr,
+    K_BITS: tl.constexpr, K_LOWER: tl.constexpr, K_BOOK: tl.constexpr, K_MODE: tl.constexpr, K_BY_CHANNEL: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_STRIDE: tl.constexpr, K_ROW: tl.constexpr, K_PAD: tl.constexpr,
     K_PLANES: tl.constexpr, K_TERMS: tl.constexpr, K_GROUPS: tl.constexpr, K_EXPAND: tl.constexpr,
     K_EXACT: tl.constexpr, K_KEPT: tl.constexpr, K_BLOCK: tl.constexpr,
-    V_BITS: tl.constexpr, V_BOOK: tl.constexpr, V_MODE: tl.constexpr, V_BY_CHANNEL: tl.constexpr,
+    V_BITS: tl.constexpr, V_LOWER: tl.constexpr, V_BOOK: tl.constexpr, V_MODE: tl.constexpr, V_BY_CHANNEL: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, V_STRIDE: tl.constexpr, V_ROW: tl.constexpr, V_PAD: tl.constexpr,
     V_PLANES: tl.constexpr, V_TERMS: tl.constexpr, V_GROUPS: tl.constexpr, V_EXPAND: tl.constexpr,
     V_EXACT: tl.constexpr, V_KEPT: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -307,7 +327,7 @@ def attend_split(
 
         # ------------------------------------------------------------------------------------ scores [RB, TILE]
         token = tl.where(valid, index + k_start, 0)
-        low, high = _bytes(k_codes, token, valid, K_BITS, K_STRIDE, K_ROW, K_PAD)
+        low, high = _bytes(k_codes, token, valid, K_LOWER, K_STRIDE, K_ROW, K_PAD)
         expanded = tl.zeros([K_EXPAND * RB, TILE], tl.float32)
         bias = tl.zeros([RB], tl.float32)
         for plane in tl.static_range(K_PLANES):
@@ -318,7 +338,13 @@ def attend_split(
                     k_scales, k_offsets, token, valid, channel, inside,
                     K_BITS, K_BOOK, K_MODE, K_BY_CHANNEL, K_DIM, K_GROUP,
                 )  # fmt: skip
-            numbers = _numbers(low, high, plane, k_table, s, o, K_BITS, K_BOOK, K_MODE, K_ROW, K_PAD)
+            highest_bits = low
+            if K_BITS != K_LOWER:
+                highest_bits = _highest(k_codes, token, valid, plane, K_LOWER, K_STRIDE, K_DIM, K_ROW, K_PAD)
+            numbers = _numbers(
+                low, high, highest_bits, plane, k_table, s, o,
+                K_BITS, K_LOWER, K_BOOK, K_MODE, K_DIM, K_ROW, K_PAD,
+            )  # fmt: skip
             if K_MODE == CHANNEL:
                 q = q * s
                 if not K_BOOK:
@@ -366,7 +392,7 @@ def attend_split(
 
         # ------------------------------------------------------------------------------------ values
         token = tl.where(valid, index + v_start, 0)
-        low, high = _bytes(v_codes, token, valid, V_BITS, V_STRIDE, V_ROW, V_PAD)
+        low, high = _bytes(v_codes, token, valid, V_LOWER, V_STRIDE, V_ROW, V_PAD)
         if V_MODE == TOKEN:
             s, _unused = _token_scales(
                 v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_DIM // V_GROUP
@@ -390,7 +416,13 @@ def attend_split(
                     v_scales, v_offsets, token, valid, channel, inside,
                     V_BITS, V_BOOK, V_MODE, V_BY_CHANNEL, V_DIM, V_GROUP,
                 )  # fmt: skip
-            numbers = _numbers(low, high, plane, v_table, s, o, V_BITS, V_BOOK, V_MODE, V_ROW, V_PAD)
+            highest_bits = low
+            if V_BITS != V_LOWER:
+                highest_bits = _highest(v_codes, token, valid, plane, V_LOWER, V_STRIDE, V_DIM, V_ROW, V_PAD)
+            numbers = _numbers(
+                low, high, highest_bits, plane, v_table, s, o,
+                V_BITS, V_LOWER, V_BOOK, V_MODE, V_DIM, V_ROW, V_PAD,
+            )  # fmt: skip
             if V_MODE == CHANNEL:
                 tile = _dot(
                     weights, numbers, tl.zeros([V_EXPAND * RB, V_PAD], tl.float32), v_term, V_TERMS > 1, V_EXACT

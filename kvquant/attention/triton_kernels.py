@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kvquant.attention.parts import Part, Segment, query_tokens, segments
 from kvquant.engine.body import Body
+from kvquant.engine.packing import packed_bytes, widths_of
 from kvquant.engine.pages import CanonicalPage
 
 LARGEST_HEAD_DIM = 256
@@ -168,13 +169,14 @@ class _Side:
     def constants(self, prefix: str, row_block: int) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
         scheme, stride, outliers = self.page.scheme, self.page.codes.shape[3], self.page.outliers
-        planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[scheme.nbits]
-        row = stride * 2 // 3 if scheme.nbits == 3 else stride
+        upper, lower = widths_of(self.page.nbits)[0], widths_of(self.page.nbits)[-1]
+        planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[lower]
+        row = packed_bytes(self.head_dim, 2 if lower == 3 else lower)
         groups = _power_of_two(self.head_dim // scheme.group_size) if self.mode == _TOKEN else 1
         # Three terms of a number take four rows, as a power of two is wanted.
         terms = 4 if self.exact and row_block * groups * 4 <= _EXPANDED_ROWS else 1
         constants = {
-            "BITS": scheme.nbits, "BOOK": self.page.table is not None, "MODE": self.mode,
+            "BITS": upper, "LOWER": lower, "BOOK": self.page.table is not None, "MODE": self.mode,
             "BY_CHANNEL": scheme.axis == "channel", "DIM": self.head_dim, "GROUP": scheme.group_size,
             "STRIDE": stride, "ROW": row, "PAD": max(_power_of_two(row), _FEWEST_ROWS), "PLANES": planes,
             "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block),

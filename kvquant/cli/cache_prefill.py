@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvquant.cli.eval_options import loading_options
+from kvquant.cli.eval_options import bits, loading_options
 
 _AXIS = click.Choice(["channel", "token"])
 
@@ -34,7 +34,7 @@ _AXIS = click.Choice(["channel", "token"])
     help="Options of the cache in a JSON or YAML file; those below go before them.",
 )
 @click.option("--backend", help="Backend, see kvquant list-backends  [default: reference]")
-@click.option("--nbits", type=int, help="Bits of a code  [default: 4]")
+@click.option("--nbits", type=bits, metavar="N", help="Bits of a code  [default: 4]")
 @click.option("--group-size", type=int, help="Numbers that share a scale.")
 @click.option("--residual-length", type=int, help="Recent tokens kept in full precision.")
 @click.option("--sink-length", type=int, help="First tokens kept in full precision.")

@@ -83,9 +83,11 @@ def demo(
         _show(comparisons, tokenizer, model or "the shipped model", ids.shape[1], describe_machine(device))
 
 
-def _widths(text: str) -> list[int]:
+def _widths(text: str) -> list[float]:
+    from kvquant.engine.typed import parse_width
+
     try:
-        return [int(width) for width in text.split(",")]
+        return [parse_width(width) for width in text.split(",")]
     except ValueError as cause:
         raise click.BadParameter(
             f"{text!r} is not a width or a list of widths such as 4 or 8,4,2", param_hint="--nbits"

@@ -23,6 +23,20 @@ SHARED = ("group_size", "residual_length", "sink_length", "axis_key", "axis_valu
 _AXIS = click.Choice(["channel", "token"])
 
 
+def bits(text: object) -> float:
+    """Read the bits of a code, such as 4 or 2.5: a type for click's options.
+
+    Raises:
+        click.BadParameter: it is no number of bits.
+    """
+    from kvquant.engine.typed import parse_width
+
+    try:
+        return parse_width(str(text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a number of bits such as 4 or 2.5") from None
+
+
 def loading_options(command: F) -> F:
     """Add ``--device`` and ``--dtype``."""
     return _with(

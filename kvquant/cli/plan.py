@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     default="reference",
     show_default=True,
     help="Caches to plan, separated by commas: BACKEND[:NBITS...][:AXIS][:OPTION=VALUE...] or a preset, such as "
-    "hqq,reference:4:2:nbits_key=8,kivi-2. A backend without bits stands for all widths that it has.",
+    "hqq,reference:4:2:nbits_key=8,kivi-2. A backend without bits stands for all whole widths that it has.",
 )
 @click.option("--nbits", metavar="N[,N...]", help="Show the parts of these widths; without it, of all.")
 @click.option("--memory", metavar="SIZE", help="Memory that there is, such as 24GB or 22.5GiB: say what fits in it.")

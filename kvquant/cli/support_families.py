@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvquant.cli.eval_options import bits
+
 if TYPE_CHECKING:
     from kvquant.evaluation.support.check import Checked
     from kvquant.evaluation.support.families import Family
@@ -15,12 +17,12 @@ if TYPE_CHECKING:
 @click.command("families")
 @click.option("--only", multiple=True, metavar="NAME", help="Run this family only; may be given several times.")
 @click.option("--backend", default="reference", show_default=True, help="Backend of the cache.")
-@click.option("--nbits", default=8, show_default=True, help="Bits of a code.")
+@click.option("--nbits", type=bits, metavar="N", default=8, show_default=True, help="Bits of a code.")
 @click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @click.pass_context
 def families(
-    ctx: click.Context, /, only: tuple[str, ...], backend: str, nbits: int, markdown: bool, as_json: bool
+    ctx: click.Context, /, only: tuple[str, ...], backend: str, nbits: float, markdown: bool, as_json: bool
 ) -> None:
     """Run a tiny model of every family, with a DynamicCache and with a quantised one.
 
@@ -73,7 +75,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("kvquant", "torch", "transformers")}
 
 
-def _show(results: list[Checked], backend: str, nbits: int, *, markdown: bool) -> None:
+def _show(results: list[Checked], backend: str, nbits: float, *, markdown: bool) -> None:
     from kvquant.evaluation.support import table
 
     rows = [table.cells(one, nbits) for one in results]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvquant.cli.eval_options import loading_options
+from kvquant.cli.eval_options import bits, loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ _BLOCKS = 3
 @click.command("model")
 @click.option("--model", "name", required=True, metavar="NAME_OR_PATH", help="Any transformers model that generates.")
 @click.option("--backend", default="reference", show_default=True, help="Backend of the cache.")
-@click.option("--nbits", default=8, show_default=True, help="Bits of a code.")
+@click.option("--nbits", type=bits, metavar="N", default=8, show_default=True, help="Bits of a code.")
 @click.option("--group-size", type=int, help="Numbers that share a scale  [default: 64, or what fits].")
 @click.option("--residual-length", default=32, show_default=True, help="Recent tokens in full precision.")
 @loading_options

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvquant.cli.eval_options import bits
+
 if TYPE_CHECKING:
     from kvquant.evaluation.support.runs import Mode, ModeResult
 
@@ -17,13 +19,13 @@ HEADINGS = ("mode", "as DynamicCache", "tokens quantised", "attention", "note")
 
 @click.command("modes")
 @click.option("--backend", default="reference", show_default=True, help="Backend of the cache.")
-@click.option("--nbits", default=4, show_default=True, help="Bits of a code.")
+@click.option("--nbits", type=bits, metavar="N", default=4, show_default=True, help="Bits of a code.")
 @click.option("--mode", "chosen", multiple=True, metavar="NAME", help="Run this one only; may be given several times.")
 @click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @click.pass_context
 def modes(
-    ctx: click.Context, /, backend: str, nbits: int, chosen: tuple[str, ...], markdown: bool, as_json: bool
+    ctx: click.Context, /, backend: str, nbits: float, chosen: tuple[str, ...], markdown: bool, as_json: bool
 ) -> None:
     """Run every way of generating on tiny models, with a DynamicCache and with a quantised one.
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kvquant.engine.packing import table_sizes
 from kvquant.engine.trellis import MOST_MEMORY, TRELLIS_WIDTHS
 from kvquant.errors import BackendContractError, listing
 from kvquant.plugin.quantizer import Opaque, QuantizedRows
@@ -17,11 +18,6 @@ from kvquant.plugin.spec import Scheme
 def format_of(table: Tensor | None, taps: tuple[int, int] | None) -> str:
     """Return the name of a canonical format, by what it has."""
     return "affine" if table is None else "codebook" if taps is None else "trellis"
-
-
-def entries(nbits: int, taps: tuple[int, int] | None) -> int:
-    """Return how many entries a table has."""
-    return 1 << (nbits if taps is None else nbits + 1)
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Border:
         if result.offset is not None:
             self._require_tensor("offset", result.offset, (n_groups,), device)
         if result.table is not None:
-            self._require_tensor("table", result.table, (entries(self.scheme.nbits, result.taps),), device)
+            self._require_tensor("table", result.table, table_sizes(self.scheme.nbits, result.taps), device)
         return result
 
     def _require_trellis(self, result: QuantizedRows) -> None:

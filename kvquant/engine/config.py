@@ -56,7 +56,8 @@ class CacheConfig:
 
     Attributes:
         backend: name of the backend, as ``kvquant list-backends`` shows it.
-        nbits: bits a code takes: 1, 2, 3, 4 or 8, as far as the backend has them.
+        nbits: bits a code takes: 1, 2, 3, 4 or 8, as far as the backend has them, or 1.5, 2.5 or 3.5, where the first
+            half of a head's channels takes the width above and the second half the width below.
         nbits_key, nbits_value: the same for keys or values alone.
         axis_key, axis_value: ``"channel"`` or ``"token"``, or transformers' integer for backends that have them.
         group_size: numbers that share a scale; None takes 64, or where that does not fit the largest below that does.
@@ -95,9 +96,9 @@ class CacheConfig:
     """
 
     backend: str = "reference"
-    nbits: int = 4
-    nbits_key: int | None = None
-    nbits_value: int | None = None
+    nbits: float = 4
+    nbits_key: float | None = None
+    nbits_value: float | None = None
     axis_key: str | int = "channel"
     axis_value: str | int = "token"
     group_size: int | None = None

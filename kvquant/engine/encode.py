@@ -16,8 +16,8 @@ from torch import Tensor
 from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.outliers import Outliers
-from kvquant.engine.packing import pack
-from kvquant.engine.scales import to_bytes
+from kvquant.engine.packing import pack, table_sizes, widths_of
+from kvquant.engine.scales import Levels, to_bytes
 from kvquant.engine.trellis import Taps, level_indices
 from kvquant.errors import BackendContractError, QuantizationError, TransformError
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
@@ -42,7 +42,8 @@ class Encoded:
         codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
         scale: the grid of scales (see `grouping`), floating or in bytes (see `scales`).
         offset: like `scale`, or None.
-        table: floating, what codes stand for, or None where they are their own numbers (affine).
+        table: floating, what codes stand for, or None where they are their own numbers (affine). Of a mixed width, the
+            tables of both halves in turn.
         taps: of the trellis, or None where there is none.
         outliers: tokens whose states are kept, or None.
         compact: the same piece with scales in 8 bits, and codes chosen after them; None if it was not asked for.
@@ -105,7 +106,7 @@ class Encoder:
     Attributes:
         backend: the backend's name, for messages.
         quantizer: the backend's object.
-        scheme: bits, axis and group size.
+        scheme: bits, axis and group size; of the first half of the channels where `lower` is there.
         stream: ``"key"`` or ``"value"``.
         where: the layer, for messages.
         block: tokens of a block.
@@ -115,6 +116,7 @@ class Encoder:
         smooths: whether channels are smoothed before that, see `kvquant.transforms.smoothing`.
         scale_bits: bits in which scales are stored, as far as that does no harm: 8 or 16.
         kept: outlier tokens of a block, of each batch row and head, whose states are kept as they are.
+        lower: what quantises the second half of the channels, in one bit less; None where all have the same width.
     """
 
     backend: str
@@ -129,9 +131,15 @@ class Encoder:
     smooths: bool = False
     scale_bits: int = 16
     kept: int = 0
+    lower: Encoder | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
+
+    @property
+    def nbits(self) -> float:
+        """Bits of a code, on average over the channels."""
+        return self.scheme.nbits if self.lower is None else (self.scheme.nbits + self.lower.scheme.nbits) / 2
 
     def encode(self, states: Tensor, first_token: int, frame: Frame | None = None, bits: int = 0) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
@@ -196,6 +204,32 @@ class Encoder:
         return rows.contiguous()
 
     def _encode_rows(self, states: Tensor, given: Tensor) -> Encoded:
+        halves = (self,) if self.lower is None else (self, self.lower)
+        parts = [
+            half._unpacked(part, self.nbits) for half, part in zip(halves, states.chunk(len(halves), 3), strict=True)
+        ]
+        piece, read = parts[0]
+        if self.lower is not None:
+            piece = self._beside(piece, parts[1][0])
+            read = torch.cat([read, parts[1][1]], 3) if self.kept else read
+        outliers = self._outliers(given, states, read) if self.kept else None
+        packed = replace(piece, codes=pack(piece.codes, self.nbits), outliers=outliers)
+        if piece.compact is None:
+            return packed
+        compact = replace(piece.compact, codes=pack(piece.compact.codes, self.nbits), outliers=outliers)
+        return replace(packed, compact=compact)
+
+    def _unpacked(self, states: Tensor, nbits: float) -> tuple[Encoded, Tensor]:
+        """Quantise channels of one width.
+
+        Args:
+            states: ``[batch, kv_heads, tokens, channels]``.
+            nbits: bits of a code of the whole row, whose levels offsets in bytes are relative to.
+
+        Returns:
+            A piece whose codes are ``[batch, kv_heads, tokens, channels]``; and what is read for the states, if there
+            are outliers to be chosen (else nothing).
+        """
         numbers = self._rows(states)
         border = self.border
         rows = border.rows(self.quantizer.quantize(numbers), len(numbers), states.device)
@@ -207,33 +241,33 @@ class Encoder:
             table=None if rows.table is None else rows.table.to(wide),
             taps=rows.taps,
         )
-        outliers = self._outliers(given, states, _values(rows)) if self.kept else None
-        piece = replace(self._laid_out(states, rows), outliers=outliers)
+        piece = self._laid_out(states, rows)
+        read = self._as_states(_values(rows), states) if self.kept else states.new_empty(0)
         if self.scale_bits > 8:
-            return piece
-        compact, fits = to_bytes(rows, numbers.to(wide), self.scheme.nbits)
-        return replace(
-            piece,
-            compact=replace(self._laid_out(states, compact), outliers=outliers),
-            fits=fits.reshape(piece.scale.shape),
-        )
+            return piece, read
+        compact, fits = to_bytes(rows, numbers.to(wide), self.scheme.nbits, Levels.of(nbits, rows.table))
+        fitting = fits.reshape(piece.scale.shape)
+        return replace(piece, compact=self._laid_out(states, compact), fits=fitting), read
 
     def _laid_out(self, states: Tensor, rows: QuantizedRows) -> Encoded:
-        """Return rows of `states` as they are stored."""
+        """Return rows of `states` as they are stored, but for codes, which are not packed."""
         scheme, shape = self.scheme, (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
         grid = scale_grid_shape(shape, scheme.axis, scheme.group_size)
         return Encoded(
-            codes=pack(rows_to_states(rows.codes, shape, scheme.axis, scheme.group_size), scheme.nbits),
+            codes=self._as_states(rows.codes, states),
             scale=rows.scale.reshape(grid),
             offset=None if rows.offset is None else rows.offset.reshape(grid),
             table=rows.table,
             taps=None if rows.taps is None else Taps(*rows.taps),
         )
 
-    def _outliers(self, given: Tensor, states: Tensor, values: Tensor) -> Outliers:
-        """Return the tokens of `given` that are kept, where rows of `values` are what is read for `states`."""
+    def _as_states(self, rows: Tensor, states: Tensor) -> Tensor:
+        """Return rows, which are of `states`, in their shape."""
         shape = (states.shape[0], states.shape[1], states.shape[2], states.shape[3])
-        read = rows_to_states(values, shape, self.scheme.axis, self.scheme.group_size)
+        return rows_to_states(rows, shape, self.scheme.axis, self.scheme.group_size)
+
+    def _outliers(self, given: Tensor, states: Tensor, read: Tensor) -> Outliers:
+        """Return the tokens of `given` that are kept, where `read` is what is read for `states`."""
         return Outliers.chosen(given, states.to(read.dtype) - read, self.block, self.kept)
 
     def _encode_opaque(self, states: Tensor, given: Tensor) -> list[Piece]:
@@ -247,7 +281,7 @@ class Encoder:
             if self.kept:
                 read = [self.read(one, block[0].numel()).to(self.border.wide_dtype) for one in packed]
                 values = torch.cat(read) if read else self._rows(block).to(self.border.wide_dtype)
-                outliers = self._outliers(exact, block, values)
+                outliers = self._outliers(exact, block, self._as_states(values, block))
             pieces.append(EncodedOpaque(tuple(packed), self.block, outliers))
         return pieces
 
@@ -266,6 +300,25 @@ class Encoder:
         """
         values = cast("OpaqueQuantizer", self.quantizer).dequantize(packed)
         return self.border.read(values, numbers // self.scheme.group_size)
+
+    def _beside(self, first: Encoded, second: Encoded) -> Encoded:
+        """Join the two halves of the channels."""
+        if (first.table is None) != (second.table is None):
+            raise BackendContractError(
+                self.backend, f"nbits={self.nbits} cannot be mixed: its two widths came in different formats"
+            )
+
+        def joined(one: Tensor | None, other: Tensor | None, dim: int = 3) -> Tensor | None:
+            return None if one is None else torch.cat([one, _given(other)], dim)
+
+        return Encoded(
+            codes=torch.cat([first.codes, second.codes], 3),
+            scale=torch.cat([first.scale, second.scale], 3),
+            offset=joined(first.offset, second.offset),
+            table=joined(first.table, second.table, 0),
+            compact=None if first.compact is None else self._beside(first.compact, _given(second.compact)),
+            fits=joined(first.fits, second.fits),
+        )
 
     def _join(self, parts: list[Encoded]) -> Encoded:
         """Join pieces of different batch rows along the batch."""
@@ -316,10 +369,13 @@ class Encoder:
 
     def _fits_half(self, piece: Encoded) -> Tensor:
         """Return bool like the grid of scales: whether rounding to float16 costs a small share of a step."""
-        scale, reach = piece.scale, float(2**self.scheme.nbits - 1)
+        scale, widths = piece.scale, widths_of(self.nbits)
         step = scale.abs()
-        if piece.table is not None:
-            reach = _entry_over_gap(piece.table)
+        if piece.table is None:
+            reaches = [2.0**width - 1 for width in widths]
+        else:
+            reaches = [_entry_over_gap(table) for table in piece.table.split(table_sizes(self.nbits, piece.taps))]
+        reach = scale.new_tensor(reaches).repeat_interleave(scale.shape[3] // len(widths))
         error = (scale.half().to(scale.dtype) - scale).abs() * reach
         if piece.offset is not None:
             error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()

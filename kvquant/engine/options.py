@@ -53,6 +53,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_width(value: object) -> bool:
+    """Whether `value` is one of the widths of codes: a whole number, or a float that is none."""
+    return any(type(value) is type(width) and value == width for width in WIDTHS)
+
+
 def rename_options(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Return `options` under their own names, refusing those that do not exist.
 
@@ -88,7 +93,7 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
         name = prefix + option
         if option == "backend" and (not isinstance(value, str) or not value.strip()):
             raise OptionValueError(name, value, "the name of a backend")
-        if option.startswith("nbits") and (value is not None or option == "nbits") and not is_int(value, WIDTHS):
+        if option.startswith("nbits") and (value is not None or option == "nbits") and not is_width(value):
             raise OptionValueError(name, value, f"one of {', '.join(map(str, WIDTHS))}")
         if option.startswith("axis") and not (value in ("channel", "token") or is_int(value, (-1, 0, 1))):
             raise OptionValueError(name, value, "'channel' or 'token', or an integer axis that the backend has")

@@ -14,12 +14,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from kvquant.engine.border import entries, format_of
+from kvquant.engine.border import format_of
 from kvquant.engine.encode import Encoded, Encoder, Piece
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
 from kvquant.engine.outliers import Outliers
-from kvquant.engine.packing import packed_bytes, unpack
+from kvquant.engine.packing import packed_bytes, table_sizes, unpack
 from kvquant.engine.scales import Levels, read_offset, read_scale
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 from kvquant.engine.trellis import MOST_MEMORY, Taps, level_indices
@@ -91,12 +91,13 @@ class CanonicalPage:
     """A page in a canonical format, affine or codebook: packed codes and a grid of scales.
 
     Attributes:
-        scheme: bits, axis and group size.
+        scheme: axis and group size; its bits are those of the first half of the channels where `nbits` is mixed.
+        nbits: bits of a code.
         head_dim: channels of a head.
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: the grid of scales of `capacity` tokens, as they are stored (see `scales`).
         offset: like `scale`, or None.
-        table: float32, what codes stand for, or None where they are their own numbers (affine).
+        table: float32, what codes stand for, or None where they are their own numbers (affine); see `table_sizes`.
         taps: of the trellis, or None where there is none.
         outliers: tokens that have their states kept beside their codes, or None.
         length: valid tokens.
@@ -105,6 +106,7 @@ class CanonicalPage:
     def __init__(self, encoder: Encoder, like: Encoded, capacity: int, head_dim: int, home: Home) -> None:
         """Allocate a page of `capacity` tokens with the layout of `like`."""
         self.scheme, self._block, self.head_dim = encoder.scheme, encoder.block, head_dim
+        self.nbits = encoder.nbits
         self.length = 0
         batch, heads = like.codes.shape[:2]
         scales = capacity // self._tokens_per_scale
@@ -165,10 +167,10 @@ class CanonicalPage:
         first, last = start // per, -(-stop // per)
         codes = self._codes(first * per, last * per)
         scale = read_scale(self.scale[:, :, first:last], dtype)
-        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[self._indices(codes).int()]
+        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[self._places(self._indices(codes))]
         states = grouped(numbers, axis, group_size).mul_(grouped_grid(scale, axis))
         if self.offset is not None:
-            levels = Levels.of(self.scheme.nbits, self.table)
+            levels = Levels.of(self.nbits, self.table)
             states.add_(grouped_grid(read_offset(self.offset[:, :, first:last], scale, levels), axis))
         return ungrouped(states, axis)[:, :, start - first * per : stop - first * per]
 
@@ -189,10 +191,10 @@ class CanonicalPage:
         rows, groups = at // self._tokens_per_scale, self.scale.shape[3]
         scale = read_scale(_picked(self.scale, rows), dtype)  # of each channel, or of each group of channels
         codes = self._codes_each(at)
-        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[codes.int()]
+        numbers = codes.to(dtype) if self.table is None else self.table.to(dtype)[self._places(codes)]
         states = numbers.unflatten(-1, (groups, -1)).mul_(scale.unsqueeze(-1))
         if self.offset is not None:
-            levels = Levels.of(self.scheme.nbits, self.table)
+            levels = Levels.of(self.nbits, self.table)
             states = states.add_(read_offset(_picked(self.offset, rows), scale, levels).unsqueeze(-1))
         flat: Tensor = states.flatten(3)
         return flat
@@ -200,31 +202,38 @@ class CanonicalPage:
     def _codes_each(self, at: Tensor) -> Tensor:
         """Return the codes of single tokens, or which entries of the table they stand for, see `dequantize_each`."""
         if self.taps is None:
-            return unpack(_picked(self.codes, at), self.scheme.nbits, self.head_dim)
+            return unpack(_picked(self.codes, at), self.nbits, self.head_dim)
         if self.scheme.axis == "token":
-            codes = unpack(_picked(self.codes, at), self.scheme.nbits, self.head_dim)
+            codes = unpack(_picked(self.codes, at), self.nbits, self.head_dim)
             return level_indices(codes.unflatten(3, (-1, self.scheme.group_size)), self.taps, 4).flatten(3)
         # The tokens before in the same group, as far as the register reaches; zeros where the group begins.
         back = torch.arange(max(self.taps).bit_length() - 1, -1, -1, device=at.device)
         inside = (at % self.scheme.group_size).unsqueeze(-1) >= back
         past = (at.unsqueeze(-1) - back).clamp(min=0).flatten(2)
-        codes = unpack(_picked(self.codes, past), self.scheme.nbits, self.head_dim)
+        codes = unpack(_picked(self.codes, past), self.nbits, self.head_dim)
         codes = codes.unflatten(2, inside.shape[2:]) * inside.unsqueeze(-1)
         return level_indices(codes, self.taps, 3)[:, :, :, -1]
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes ``[batch, kv_heads, stop - start, head_dim]``; zeros behind the end of a page cut in a group."""
-        codes = unpack(self.codes[:, :, start:stop], self.scheme.nbits, self.head_dim)
+        codes = unpack(self.codes[:, :, start:stop], self.nbits, self.head_dim)
         missing = stop - start - codes.shape[2]
         return torch.nn.functional.pad(codes, (0, 0, 0, missing)) if missing else codes
 
     def _indices(self, codes: Tensor) -> Tensor:
-        """Return which entries of the table codes stand for, which begin where a group does."""
+        """Return which entries of their table codes stand for, which begin where a group does."""
         if self.taps is None:
             return codes
         axis = self.scheme.axis
         groups = grouped(codes, axis, self.scheme.group_size)
         return ungrouped(level_indices(groups, self.taps, 3 if axis == "channel" else 4), axis)
+
+    def _places(self, indices: Tensor) -> Tensor:
+        """Return the places in `table` of entries ``[..., head_dim]``: behind the first half's lie the second's."""
+        places, (upper, *others) = indices.int(), table_sizes(self.nbits, self.taps)
+        if others:
+            places[..., self.head_dim // 2 :] += upper
+        return places
 
     def select(self, indices: Tensor) -> None:
         """Keep batch rows `indices`, in that order."""
@@ -299,19 +308,20 @@ class CanonicalPage:
         """
         page = cls.__new__(cls)
         page.scheme, page._block, page.head_dim, page.length = encoder.scheme, encoder.block, shape[3], shape[2]
-        per, nbits = page._tokens_per_scale, encoder.scheme.nbits
+        page.nbits, per = encoder.nbits, page._tokens_per_scale
         if capacity % page._block and capacity != page.length:
             raise saved.misfit(f"has room for {capacity} tokens, which are not whole blocks of {page._block}")
         scales = -(-page.length // per)
         grid = scale_grid_shape((*shape[:2], scales * per, shape[3]), encoder.scheme.axis, encoder.scheme.group_size)
         wide = dtype_name(encoder.border.wide_dtype)
-        page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], nbits)), ["uint8"])
+        page.codes = saved.take("codes", (*shape[:3], packed_bytes(shape[3], page.nbits)), ["uint8"])
         page.scale = saved.take(
             "scale", grid, ["uint8", "float16", wide] if encoder.scale_bits == 8 else ["float16", wide]
         )
         page.taps = _taken_taps(saved)
         page.offset = saved.take("offset", grid, [dtype_name(page.scale.dtype)]) if saved.has("offset") else None
-        page.table = saved.take("table", (entries(nbits, page.taps),), [wide]) if saved.has("table") else None
+        entries = sum(table_sizes(page.nbits, page.taps))
+        page.table = saved.take("table", (entries,), [wide]) if saved.has("table") else None
         kind = format_of(page.table, page.taps)
         if (page.offset is None) == (page.table is None) and kind != "trellis":
             raise saved.misfit("has neither offset nor table, or both")

@@ -65,7 +65,9 @@ def read_offset(stored: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     return (stored.to(scale.dtype) - CENTER).mul_(levels.span / PARTS).sub_(levels.middle).mul_(scale)
 
 
-def to_bytes(rows: QuantizedRows, numbers: Tensor, nbits: int) -> tuple[QuantizedRows, Tensor]:
+def to_bytes(
+    rows: QuantizedRows, numbers: Tensor, nbits: int, levels: Levels | None = None
+) -> tuple[QuantizedRows, Tensor]:
     """Return rows with scales and offsets in 8 bits, and codes chosen anew for them; and which rows fit.
 
     A row whose levels lie many ranges away from zero would need a larger scale to say where; it does not fit, unless it
@@ -76,24 +78,28 @@ def to_bytes(rows: QuantizedRows, numbers: Tensor, nbits: int) -> tuple[Quantize
         rows: with scales and offsets in the type of `numbers`.
         numbers: floating ``[n_groups, group_size]``, what they stand for; written over.
         nbits: bits of a code.
+        levels: what offsets are relative to, where it is not the levels of these codes: those of a half of the channels
+            that has a bit more.
 
     Returns:
         The rows, and bool ``[n_groups]``: which of them lose nothing that matters.
     """
-    levels, scale, offset = Levels.of(nbits, rows.table), rows.scale, rows.offset
+    own, scale, offset = Levels.of(nbits, rows.table), rows.scale, rows.offset
+    levels = levels or own
+    aside = levels.middle - own.middle  # in scales: from the middle of these codes' levels to that of `levels`
     size = scale.abs()
-    middle = scale * levels.middle if offset is None else offset + scale * levels.middle
-    needed = size if offset is None else torch.maximum(size, middle.abs() / (levels.span * _REACH))
+    middle = scale * own.middle if offset is None else offset + scale * own.middle
+    needed = size if offset is None else torch.maximum(size, middle.abs() / (levels.span * _REACH - aside))
     stored = _nearest_byte(needed)
     taken = read_scale(stored, scale.dtype)
-    constant = size * levels.span <= middle.abs() * _CONSTANT
+    constant = size * own.span <= middle.abs() * _CONSTANT
     fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH) | constant)
     place = None
     if offset is not None:
         if rows.table is None:
             # There is no level in the middle of an even number of them; a constant row is to lie on one.
             middle = torch.where(size > 0, middle, middle - middle.sign() * taken / 2)
-        parts = (middle / (taken * levels.span) * PARTS).round_().add_(CENTER).clamp_(0, 255)
+        parts = ((middle / taken + aside) / levels.span * PARTS).round_().add_(CENTER).clamp_(0, 255)
         place = parts.to(torch.uint8)
         numbers = numbers.sub_(read_offset(place, taken, levels)[:, None])
     codes = rows.codes if rows.taps else _nearest_codes(numbers.div_(taken[:, None]), rows.table, nbits)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.grouping import block_tokens
+from kvquant.engine.packing import widths_of
 from kvquant.engine.window import WindowPolicy
 from kvquant.errors import HeadDimError, OptionValueError, UnsupportedError, listing
 from kvquant.plugin.capabilities import Capabilities
+from kvquant.plugin.quantizer import Quantizer
 from kvquant.plugin.spec import Axis, Scheme
 from kvquant.registry import Backend, TransformPlugin, get_backend, get_transform
 from kvquant.transforms.heads import HeadTransform, head_transform
 
 DEFAULT_GROUP_SIZE = 64
+
+#: Formats in which the halves of a head's channels can have widths of their own.
+MIXED_FORMATS = {"affine", "codebook"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class StreamSettings:
         stream: ``"key"`` or ``"value"``.
         where: the layer, for messages; empty for the settings of a whole cache.
         backend: the backend that quantises them.
-        nbits, axis, group_size: the scheme; `group_size` None is decided once head_dim is known.
+        nbits, axis, group_size: what the scheme says; `group_size` None is decided once head_dim is known.
         transform: what is done to a head's channels before, None for nothing.
         smooths: whether channels are smoothed before that.
         scale_bits: bits in which scales are stored, as far as that does no harm.
@@ -38,7 +43,7 @@ class StreamSettings:
     stream: str
     where: str
     backend: Backend
-    nbits: int
+    nbits: float
     axis: Axis
     group_size: int | None
     transform: TransformPlugin | None
@@ -47,7 +52,7 @@ class StreamSettings:
     options: Mapping[str, Any]
 
     def scheme(self, head_dim: int | None = None, device: str | None = None, dtype: str | None = None) -> Scheme:
-        """Return the scheme for states of `head_dim` channels.
+        """Return the scheme for states of `head_dim` channels, or for the first half of them if `nbits` is mixed.
 
         Args:
             head_dim: channels of a head; None when not known yet, which leaves the group size open to doubt.
@@ -58,13 +63,16 @@ class StreamSettings:
             UnsupportedError: the backend cannot do it, or the group size does not fit; says what would work.
         """
         capabilities = self.backend.capabilities
+        widths = widths_of(self.nbits)
+        if head_dim is not None and head_dim % len(widths):
+            raise self._unsupported([f"nbits={self.nbits} needs an even head_dim, and it is {head_dim}"])
         group_size = self.group_size or self._best_group(capabilities, head_dim)
-        scheme = Scheme(self.nbits, self.axis, group_size, self.options)
-        reasons = capabilities.why_not(scheme, device, dtype)
-        if head_dim is not None and self.axis == "token" and head_dim % group_size:
-            works = _fitting_groups(capabilities, head_dim)
+        scheme = Scheme(widths[0], self.axis, group_size, self.options)
+        reasons = why_not(capabilities, self.nbits, scheme, device, dtype)
+        if head_dim is not None and self.axis == "token" and self._alike(head_dim) % group_size:
+            works = _fitting_groups(capabilities, self._alike(head_dim))
             reasons.append(
-                f"group_size={group_size} does not divide head_dim={head_dim}; those that do: {listing(works)}"
+                f"group_size={group_size} does not divide {self._span(head_dim)}; those that do: {listing(works)}"
             )
         if head_dim is not None:
             reasons += self._transform_reasons(head_dim)
@@ -87,14 +95,31 @@ class StreamSettings:
             return [f"rotation_{self.stream}={cause.name!r} does not work with head_dim={head_dim}: {cause.problem}"]
         return []
 
+    def quantizers(self, scheme: Scheme) -> list[tuple[Scheme, Quantizer]]:
+        """Make the quantizer for `scheme`, and one for the second half of the channels where `nbits` is mixed.
+
+        Raises:
+            BackendError: see `kvquant.registry.Backend.create`.
+        """
+        schemes = [replace(scheme, nbits=width) for width in widths_of(self.nbits)]
+        return [(each, self.backend.create(each)) for each in schemes]
+
+    def _alike(self, head_dim: int) -> int:
+        """Return how many channels have the same width, in which a group of the token axis must lie."""
+        return head_dim // len(widths_of(self.nbits))
+
+    def _span(self, head_dim: int) -> str:
+        whole = f"head_dim={head_dim}"
+        return whole if self._alike(head_dim) == head_dim else f"half of {whole} (nbits={self.nbits} has two widths)"
+
     def _best_group(self, capabilities: Capabilities, head_dim: int | None) -> int:
         if self.axis == "token" and head_dim is not None:
-            candidates = _fitting_groups(capabilities, head_dim)
+            candidates = _fitting_groups(capabilities, self._alike(head_dim))
         else:
             candidates = list(capabilities.group_sizes or (DEFAULT_GROUP_SIZE,))
-        if not candidates:
+        if not candidates and head_dim is not None:
             sizes = listing(capabilities.group_sizes or ())
-            raise self._unsupported([f"none of its group sizes ({sizes}) divides head_dim={head_dim}"])
+            raise self._unsupported([f"none of its group sizes ({sizes}) divides {self._span(head_dim)}"])
         small = [size for size in candidates if size <= DEFAULT_GROUP_SIZE]
         return max(small) if small else min(candidates)
 
@@ -152,7 +177,7 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
         if scheme.options:
             # Values of a backend's own options are the one thing that only its factory can judge: ask it now, and not
             # when the first states come.
-            backend.create(scheme)
+            settings.quantizers(scheme)
         streams.append(settings)
     lengths = options["residual_length"], options["sink_length"]
     return LayerSettings(streams[0], streams[1], *lengths, options["outlier_share"])
@@ -192,6 +217,29 @@ def _axis(backend: Backend, option: str, axis: str | int) -> Axis:
     return cast("Axis", aliases[axis])
 
 
-def _fitting_groups(capabilities: Capabilities, head_dim: int) -> list[int]:
-    sizes = capabilities.group_sizes or range(1, head_dim + 1)
-    return [size for size in sizes if head_dim % size == 0]
+def why_not(
+    capabilities: Capabilities, nbits: float, scheme: Scheme, device: str | None = None, dtype: str | None = None
+) -> list[str]:
+    """Say why a backend cannot do `scheme` with `nbits` bits: one reason an item, empty when it can.
+
+    Args:
+        capabilities: of the backend.
+        nbits: bits of a code, maybe a mixed width; what `scheme` says of them is not looked at.
+        scheme: what else is asked for.
+        device, dtype: see `Capabilities.why_not`.
+    """
+    widths = widths_of(nbits)
+    if len(widths) == 1:
+        return capabilities.why_not(replace(scheme, nbits=widths[0]), device, dtype)
+    reasons, supported = [], ", ".join(map(str, capabilities.nbits))
+    if any(width not in capabilities.nbits for width in widths):
+        reasons.append(f"nbits={nbits} is a mix of {widths[0]} and {widths[1]} bits; supported: {supported}")
+    if unmixable := set(capabilities.formats) - MIXED_FORMATS:
+        lacking = f"which the format {listing(unmixable)} does not have"
+        reasons.append(f"nbits={nbits} is a mix of two widths, {lacking}; supported: {supported}")
+    return reasons + capabilities.why_not(replace(scheme, nbits=capabilities.nbits[0]), device, dtype)
+
+
+def _fitting_groups(capabilities: Capabilities, channels: int) -> list[int]:
+    sizes = capabilities.group_sizes or range(1, channels + 1)
+    return [size for size in sizes if channels % size == 0]

@@ -23,9 +23,10 @@ _MOST_WIDE = 1 << 24
 
 def store_state(store: Store) -> State:
     """Return what the store is, without its spare room."""
-    scheme = store.body.encoder.scheme
+    encoder = store.body.encoder
+    scheme = encoder.scheme
     sizes = {"batch": store.batch, "kv_heads": store.kv_heads, "head_dim": store.head_dim}
-    how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
+    how = {"nbits": encoder.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
     state = State(meta={**sizes, "dtype": dtype_name(store.dtype), **how, "block": store.policy.block})
     if store.body.encoder.kept:
         state.meta["kept"] = store.body.encoder.kept
@@ -47,11 +48,11 @@ def store_room(store: Store, saved: Saved) -> int:
     held = window.integer("stop") - window.integer("start")
     grown = buffer_capacity(max(held, 0) + 1, store.policy.slack, store.policy.most_recent)
     exact = max(window.integer("capacity"), grown) * store.head_dim * store.dtype.itemsize
-    scheme = store.body.encoder.scheme
+    encoder = store.body.encoder
     # A scale and an offset, as wide as they get, for each group.
-    quantized: int = packed_bytes(store.head_dim, scheme.nbits) + 16 * -(-store.head_dim // scheme.group_size)
+    quantized: int = packed_bytes(store.head_dim, encoder.nbits) + 16 * -(-store.head_dim // encoder.scheme.group_size)
     page = store.policy.page_capacity(0, 0)
-    outliers = kept_bytes(store.body.encoder.kept, store.head_dim, store.dtype.itemsize)
+    outliers = kept_bytes(encoder.kept, store.head_dim, store.dtype.itemsize)
     body = page * quantized + page // store.policy.block * outliers
     return store.batch * store.kv_heads * (exact + body)
 
@@ -62,8 +63,9 @@ def restore_store(store: Store, saved: Saved) -> None:
     Raises:
         MisfitError: it is not one of a store like this.
     """
-    scheme = store.body.encoder.scheme
-    how = {"nbits": scheme.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
+    encoder = store.body.encoder
+    scheme = encoder.scheme
+    how = {"nbits": encoder.nbits, "axis": scheme.axis, "group_size": scheme.group_size}
     for name, here in {**how, "block": store.policy.block}.items():
         if saved.value(name) != here:
             raise saved.misfit(f"was quantised with {name}={saved.value(name)!r}, and the config asks for {here!r}")

@@ -35,15 +35,32 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def parse_widths(text: str | None) -> tuple[int, ...] | None:
+def is_number(text: str) -> bool:
+    """Whether a text is written like a number of bits: ``4`` or ``2.5``."""
+    return text.replace(".", "", 1).isdecimal()
+
+
+def parse_width(text: str) -> float:
+    """Return 4 for ``"4"`` and 2.5 for ``"2.5"``.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    if not is_number(text.strip()):
+        raise ValueError(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def parse_widths(text: str | None) -> tuple[float, ...] | None:
     """Return ``(2, 4)`` for ``"2,4"``, and None for None.
 
     Raises:
-        OptionValueError: an item is no whole number.
+        OptionValueError: an item is no number.
     """
     if text is None:
         return None
     try:
-        return tuple(int(item) for item in text.split(","))
+        return tuple(parse_width(item) for item in text.split(","))
     except ValueError:
-        raise OptionValueError("nbits", text, "whole numbers separated by commas, for example 2,4") from None
+        raise OptionValueError("nbits", text, "numbers separated by commas, for example 2,4") from None

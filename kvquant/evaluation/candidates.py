@@ -19,7 +19,7 @@ from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig
 from kvquant.engine.memory import layer_memory
 from kvquant.engine.options import ALIASES, rename_options
 from kvquant.engine.settings import layer_settings
-from kvquant.engine.typed import parse_value
+from kvquant.engine.typed import is_number, parse_value, parse_width
 from kvquant.errors import (
     DuplicateBackendError,
     KVQuantError,
@@ -176,7 +176,7 @@ def _kvquant(part: str, name: str, details: list[str], shared: Mapping[str, Any]
     if len(axes) > 1:
         raise OptionValueError("backends", part, "one axis for both, or axis_key=... and axis_value=...")
     candidates = []
-    each: list[int | None] = [*widths]
+    each: list[float | None] = [*widths]
     for nbits in each or [None]:
         chosen: dict[str, Any] = {**shared, **preset, **start}
         if nbits is not None:
@@ -218,9 +218,9 @@ def _transformers(part: str, details: list[str]) -> list[Candidate]:
     return candidates
 
 
-def _read(part: str, details: Iterable[str]) -> tuple[list[int], list[str], dict[str, Any]]:
+def _read(part: str, details: Iterable[str]) -> tuple[list[float], list[str], dict[str, Any]]:
     """Return the widths, axes and options among `details`."""
-    widths: list[int] = []
+    widths: list[float] = []
     axes: list[str] = []
     options: dict[str, Any] = {}
     for detail in details:
@@ -232,12 +232,12 @@ def _read(part: str, details: Iterable[str]) -> tuple[list[int], list[str], dict
         elif detail in AXES:
             axes.append(detail)
         else:
-            widths.append(int(detail))
+            widths.append(parse_width(detail))
     return widths, axes, options
 
 
 def _is_detail(text: str) -> bool:
-    return text.isdecimal() or text in AXES or text.find("=") > 0
+    return is_number(text) or text in AXES or text.find("=") > 0
 
 
 def _written(value: Any) -> str:

@@ -15,6 +15,7 @@ from transformers.cache_utils import QuantizedLayer as TransformersQuantizedLaye
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.layer import QuantizedLayer
+from kvquant.engine.typed import is_number, parse_width
 from kvquant.errors import OptionValueError, UnknownOptionError, UnsupportedError
 from kvquant.evaluation.measure import held_bytes
 
@@ -51,7 +52,7 @@ class Contender:
 
     kind: str
     backend: str = ""
-    nbits: int = 0
+    nbits: float = 0
 
     @property
     def label(self) -> str:
@@ -82,11 +83,11 @@ class Contender:
             raise UnknownOptionError("transformers backend", backend, _TRANSFORMERS_NBITS)
         widths = {"transformers": _TRANSFORMERS_NBITS.get(backend, ()), "turboquant": _TURBOQUANT_NBITS}.get(kind, ())
         nbits = rest[1] if len(rest) > 1 else str(DEFAULT_NBITS if DEFAULT_NBITS in widths or not widths else widths[0])
-        if not nbits.isdecimal():
-            raise OptionValueError("caches", text, f"a whole number of bits at the end: {_SYNTAX}")
-        if widths and int(nbits) not in widths:
+        if not is_number(nbits):
+            raise OptionValueError("caches", text, f"a number of bits at the end: {_SYNTAX}")
+        if widths and parse_width(nbits) not in widths:
             raise OptionValueError("caches", text, f"nbits from {', '.join(map(str, widths))} for {backend or kind}")
-        return cls(kind, backend, int(nbits))
+        return cls(kind, backend, parse_width(nbits))
 
     @property
     def is_rival(self) -> bool:

@@ -113,7 +113,7 @@ class Distortion:
     """
 
     backend: str
-    nbits: int
+    nbits: float
     axis: str
     options: Mapping[str, Any]
     gaussian: Quality

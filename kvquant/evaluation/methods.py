@@ -10,8 +10,8 @@ import torch
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.config import CacheConfig
-from kvquant.engine.settings import check_device
-from kvquant.engine.typed import parse_value
+from kvquant.engine.settings import check_device, why_not
+from kvquant.engine.typed import is_number, parse_value, parse_width
 from kvquant.errors import DuplicateBackendError, OptionValueError, UnknownBackendError, UnsupportedError, listing
 from kvquant.plugin.capabilities import AXES
 from kvquant.plugin.spec import Scheme
@@ -38,7 +38,7 @@ class Method:
     """
 
     backend: str
-    nbits: int
+    nbits: float
     axis: str
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -76,7 +76,7 @@ class Method:
 def find_methods(
     text: str | None = None,
     *,
-    nbits: Sequence[int] | None = None,
+    nbits: Sequence[float] | None = None,
     axes: Sequence[str] | None = None,
     group_size: int = 64,
     device: str = "cpu",
@@ -156,7 +156,7 @@ def _parsed(text: str, place: tuple[int, str]) -> list[Method]:
         name, details = f"{name}:{details[0]}", details[1:]  # a distribution and its backend
     backend = find_backend(name)
     backend.require()
-    widths: list[int] = []
+    widths: list[float] = []
     axes: list[str] = []
     options: dict[str, Any] = {}
     for detail in details:
@@ -168,7 +168,7 @@ def _parsed(text: str, place: tuple[int, str]) -> list[Method]:
         elif detail in AXES:
             axes.append(detail)
         else:
-            widths.append(int(detail))
+            widths.append(parse_width(detail))
     methods = _combinations(backend, widths, axes, options)
     for method in methods:
         if reasons := _why_not(backend, method.nbits, method.axis, options, place):
@@ -177,7 +177,7 @@ def _parsed(text: str, place: tuple[int, str]) -> list[Method]:
 
 
 def _combinations(
-    backend: Backend, widths: Iterable[int], axes: Iterable[str], options: Mapping[str, Any]
+    backend: Backend, widths: Iterable[float], axes: Iterable[str], options: Mapping[str, Any]
 ) -> list[Method]:
     """Return widths times axes; none given stand for all that the backend declares."""
     can, name = backend.capabilities, _shortest_name(backend)
@@ -187,9 +187,12 @@ def _combinations(
     return [Method(name, nbits, axis, tuple(options.items())) for nbits in chosen for axis in ordered]
 
 
-def _why_not(backend: Backend, nbits: int, axis: Any, options: Mapping[str, Any], place: tuple[int, str]) -> list[str]:
+def _why_not(
+    backend: Backend, nbits: float, axis: Any, options: Mapping[str, Any], place: tuple[int, str]
+) -> list[str]:
     group_size, device = place
-    return backend.capabilities.why_not(Scheme(nbits, axis, group_size, options), device, _DTYPE)
+    scheme = Scheme(backend.capabilities.nbits[0], axis, group_size, options)
+    return why_not(backend.capabilities, nbits, scheme, device, _DTYPE)
 
 
 def _shortest_name(backend: Backend) -> str:
@@ -211,4 +214,4 @@ def _exists(name: str) -> bool:
 
 
 def _is_detail(text: str) -> bool:
-    return text.isdecimal() or text in AXES or text.find("=") > 0
+    return is_number(text) or text in AXES or text.find("=") > 0

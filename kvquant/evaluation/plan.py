@@ -18,6 +18,7 @@ from kvquant.engine.memory import LayerMemory
 from kvquant.engine.options import is_int, layers_text
 from kvquant.engine.packing import WIDTHS
 from kvquant.engine.settings import check_device
+from kvquant.engine.typed import is_number
 from kvquant.errors import OptionValueError, UnsupportedError
 from kvquant.evaluation.candidates import FULL, Candidate, parse_candidates, split_candidates
 from kvquant.evaluation.planning.model import ModelShape
@@ -145,13 +146,13 @@ class PlanReport:
 
 
 def planned_candidates(
-    text: str, nbits: Iterable[int] | None = None, shared: Mapping[str, Any] | None = None
+    text: str, nbits: Iterable[float] | None = None, shared: Mapping[str, Any] | None = None
 ) -> tuple[Candidate, ...]:
-    """Read caches as `parse_candidates` does, in every width that they have where they name none.
+    """Read caches as `parse_candidates` does, in every whole width that they have where they name none.
 
     Args:
         text: caches separated by commas.
-        nbits: widths of those that name none, None for all that the backend has with these options.
+        nbits: widths of those that name none, None for all whole ones that the backend has with these options.
         shared: options of `CacheConfig` for all caches that do not say otherwise themselves.
 
     Raises:
@@ -169,12 +170,12 @@ def planned_candidates(
 def _says_bits(part: str) -> bool:
     """Whether a cache is written with its bits, or is one that has its own."""
     name, *details = (detail.strip() for detail in part.split(":"))
-    return name in (FULL, *PRESETS) or any(detail.isdecimal() for detail in details)
+    return name in (FULL, *PRESETS) or any(is_number(detail) for detail in details)
 
 
 def _all_widths(part: str, shared: Mapping[str, Any] | None) -> list[str]:
     works, reasons = [], []
-    for width in sorted(WIDTHS, reverse=True):
+    for width in sorted((width for width in WIDTHS if width == int(width)), reverse=True):
         try:
             parse_candidates(f"{part}:{width}", shared)
         except UnsupportedError as cause:

@@ -44,7 +44,7 @@ class BoundCheck:
 
 
 def parametrize_checks(
-    backend: str, *, nbits: Iterable[int] | None = None, options: Mapping[str, Any] | None = None
+    backend: str, *, nbits: Iterable[float] | None = None, options: Mapping[str, Any] | None = None
 ) -> pytest.MarkDecorator:
     """Run a test once for each check of the conformance kit; the test takes `check` and calls it.
 
@@ -61,7 +61,7 @@ def parametrize_checks(
 
 
 def bound_checks(
-    backend: str, *, nbits: Iterable[int] | None = None, options: Mapping[str, Any] | None = None
+    backend: str, *, nbits: Iterable[float] | None = None, options: Mapping[str, Any] | None = None
 ) -> list[BoundCheck]:
     """Return every check of a backend, ready to be called; arguments as for `parametrize_checks`."""
     widths = None if nbits is None else tuple(nbits)

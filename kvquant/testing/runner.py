@@ -19,7 +19,7 @@ from kvquant.testing.subject import Subject
 def check_backend(
     backend: str | Backend | BackendSpec,
     *,
-    nbits: Iterable[int] | None = None,
+    nbits: Iterable[float] | None = None,
     options: Mapping[str, Any] | None = None,
     checks: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -53,14 +53,14 @@ def check_backend(
 def make_subject(
     backend: str | Backend | BackendSpec,
     *,
-    nbits: Iterable[int] | None = None,
+    nbits: Iterable[float] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Return what the checks run on; arguments and errors as for `check_backend`."""
     found = _found(backend)
     found.require()
     declared = found.capabilities
-    widths = tuple(declared.nbits) if nbits is None else tuple(nbits)
+    widths = tuple(declared.nbits if nbits is None else nbits)
     wrong = [width for width in widths if width not in declared.nbits]
     if wrong or not widths:
         raise OptionValueError("nbits", wrong[0] if wrong else widths, f"one or more of {listing(declared.nbits)}")
@@ -68,7 +68,7 @@ def make_subject(
     if unknown:
         known = listing(declared.options)
         raise UnsupportedError(f"backend {found.name!r}", [f"option {unknown[0]!r} is unknown to it; known: {known}"])
-    return Subject(found, widths, dict(options or {}))
+    return Subject(found, tuple(map(int, widths)), dict(options or {}))
 
 
 def _found(backend: str | Backend | BackendSpec) -> Backend:

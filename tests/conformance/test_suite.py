@@ -100,6 +100,7 @@ def test_options_are_read_as_people_type_them() -> None:
     }
     assert parse_widths(None) is None
     assert parse_widths("2,4") == (2, 4)
+    assert str(parse_widths("2.5, 4.0")) == "(2.5, 4)"
 
 
 @pytest.mark.parametrize("item", ["optimize", "=3", " =3"])
@@ -111,8 +112,10 @@ def test_an_option_without_name_or_value_is_refused(item: str) -> None:
 
 def test_a_width_that_is_no_number_is_refused() -> None:
     """As above."""
-    with pytest.raises(OptionValueError, match=r"^nbits='2,x' cannot work: expected whole numbers"):
+    with pytest.raises(OptionValueError, match=r"^nbits='2,x' cannot work: expected numbers"):
         parse_widths("2,x")
+    with pytest.raises(OptionValueError, match=r"^nbits='2.5.1' cannot work"):
+        parse_widths("2.5.1")
 
 
 def test_a_fresh_process_begins_without_what_a_package_added_to_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

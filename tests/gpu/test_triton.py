@@ -22,6 +22,8 @@ CASES = [
     ("affine", ("channel", "channel"), (1, 4), (64, 32), (64, 256), 16, 16, "additive"),
     ("codebook", ("channel", "token"), (4, 3), (64, 64), (256, 256), 8, 5, "per head"),
     ("codebook", ("token", "token"), (2, 8), (32, 4), (96, 32), 4, 16, "causal"),
+    ("affine", ("channel", "token"), (2.5, 3.5), (64, 32), (128, 64), 8, 1, "none"),
+    ("codebook", ("token", "channel"), (1.5, 2.5), (16, 32), (96, 128), 4, 1, "none"),
 ]
 
 

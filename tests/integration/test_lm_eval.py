@@ -261,7 +261,7 @@ def test_the_cache_among_the_arguments(typed: dict[str, Any], label: str | None,
         ({"nbit": 2}, UnknownOptionError, r"unknown model argument 'nbit'. Did you mean 'nbits'"),
         ({"backend": "hqqq"}, UnknownBackendError, r"unknown backend 'hqqq'. Did you mean 'hqq'"),
         ({"backend": "causal"}, UnknownBackendError, "unknown backend 'causal'"),
-        ({"nbits": 5}, OptionValueError, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8"),
+        ({"nbits": 5}, OptionValueError, "nbits=5 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8"),
         ({"backend": "quanto", "nbits": 3}, UnsupportedError, "backend 'quanto' cannot be used"),
         ({"preset": "kivi2"}, UnknownOptionError, "unknown preset 'kivi2'. Did you mean 'kivi-2'"),
         ({"cache": "hqq:2", "nbits": 4}, OptionValueError, "all in one, without nbits beside it"),
@@ -324,7 +324,7 @@ def test_an_error_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         typed(monkeypatch, f"--model_args pretrained={MODEL_DIR},backend=hqq,nbits=7")
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "Error: nbits=7 cannot work: expected one of 1, 2, 3, 4, 8."
+    assert last == "Error: nbits=7 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."
     monkeypatch.setenv("KVQUANT_DEBUG", "1")
     with pytest.raises(OptionValueError):
         typed(monkeypatch, f"--model_args pretrained={MODEL_DIR},backend=hqq,nbits=7")

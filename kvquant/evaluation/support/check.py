@@ -103,7 +103,7 @@ class Checked:
             return ""
         return "fused" if not self.dequantised else "both" if self.fused else "dequantised"
 
-    def problems(self, nbits: int) -> list[str]:
+    def problems(self, nbits: float) -> list[str]:
         """Return what is wrong, in words; nothing where the model is refused or absent for a reason.
 
         Args:
@@ -128,7 +128,7 @@ class Checked:
         return {**dataclasses.asdict(self), "steps": self.steps or None}
 
 
-def allowed(nbits: int) -> float:
+def allowed(nbits: float) -> float:
     """Return how far logits may be off at `nbits` bits, relative to their spread."""
     return float(AT_8_BITS * 2 ** (8 - nbits))
 
@@ -136,7 +136,7 @@ def allowed(nbits: int) -> float:
 # ------------------------------------------------------------------------------------------------ families
 
 
-def check_family(family: Family, backend: str, nbits: int) -> Checked:
+def check_family(family: Family, backend: str, nbits: float) -> Checked:
     """Run the model of a family.
 
     Raises:
@@ -170,7 +170,7 @@ def make(kind: type[PreTrainedModel], options: Mapping[str, Any]) -> PreTrainedM
     return model
 
 
-def small_options(backend: str, nbits: int) -> dict[str, Any]:
+def small_options(backend: str, nbits: float) -> dict[str, Any]:
     """Return options with which prompts of `PROMPT_TOKENS` tokens are quantised: the backend's smallest groups from 8.
 
     Raises:

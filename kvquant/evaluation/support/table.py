@@ -10,7 +10,7 @@ from kvquant.evaluation.support.check import ABSENT, FAILED, OK, QUANTISED, QUAN
 HEADINGS = ("family", "layers", "before quantising", "tokens quantised", "logits off by", "decoding", "note")
 
 
-def cells(checked: Checked, nbits: int) -> list[str]:
+def cells(checked: Checked, nbits: float) -> list[str]:
     """Return one row of the table.
 
     Args:
@@ -43,7 +43,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def summary(results: list[Checked], nbits: int) -> str:
+def summary(results: list[Checked], nbits: float) -> str:
     """Return on one line how many work, and how."""
     counts = {status: sum(one.status == status for one in results) for status in (OK, REFUSED, ABSENT, FAILED)}
     wrong = sum(bool(one.problems(nbits)) for one in results)

@@ -35,6 +35,8 @@ CASES = [
     ("affine", ("channel", "token"), (1, 2), 8, (64, 256), 8, 16, torch.bfloat16),
     ("codebook", ("channel", "token"), (4, 3), 64, (256, 256), 4, 5, None),
     ("codebook", ("token", "channel"), (2, 8), 16, (112, 32), 4, 2, torch.float32),
+    ("affine", ("channel", "token"), (2.5, 3.5), 32, (64, 128), 4, 1, None),
+    ("codebook", ("token", "channel"), (2.5, 1.5), 16, (128, 96), 4, 1, None),
 ]
 
 

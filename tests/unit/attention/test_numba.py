@@ -27,7 +27,7 @@ from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.packing import WIDTHS, pack, unpack
 from kvquant.errors import MissingExtraError, OptionValueError
-from tests.support import exact_attention
+from tests.support import exact_attention, random_codes
 
 numba_kernels = pytest.importorskip("kvquant.attention.numba_kernels", reason="numba is not installed")
 
@@ -46,7 +46,7 @@ def kernels(monkeypatch):
 class Kind:
     """What a kernel is compiled for."""
 
-    bits: tuple[int, int]
+    bits: tuple[float, float]
     widths: tuple[int, int] = (64, 64)
     axes: tuple[str, str] = ("channel", "token")
     formats: str = "affine"
@@ -75,6 +75,9 @@ KINDS = (
     Kind((2, 1), (64, 40), ("channel", "token"), "trellis", group=8),
     Kind((1, 3), (40, 80), ("token", "channel"), "trellis", group=8, groups=2),
     Kind((3, 2), (48, 64), ("token", "token"), "trellis", group=16, groups=1),
+    Kind((2.5, 3.5), (64, 128)),
+    Kind((1.5, 2.5), (48, 80), ("token", "channel"), "codebook", group=8),
+    Kind((3.5, 1.5), (20, 96), ("channel", "token"), "codebook", group=16, groups=2),
 )
 
 
@@ -283,8 +286,9 @@ def test_runs_read_what_was_packed(nbits, width, group, seed):
     """Every code once, in vectors that cross no group and no byte plane."""
     from kvquant.attention.simd import LANES, runs
 
-    codes = torch.randint(0, 2**nbits, (width,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = random_codes((width,), nbits, seed)
     packed = pack(codes, nbits)
+    bits = torch.tensor([byte >> bit & 1 for byte in packed.tolist() for bit in range(8)])
     read = torch.full((width,), 255, dtype=torch.int64)
     seen = torch.zeros(width, dtype=torch.int64)
     for run in runs(width, nbits, group):
@@ -297,6 +301,12 @@ def test_runs_read_what_was_packed(nbits, width, group, seed):
             part = packed[field.byte : field.byte + run.length].long()
             assert len(part) == run.length
             number |= ((part >> field.shift) & field.mask) << field.raised
+        if run.highest is not None:
+            part = bits[run.highest.bit : run.highest.bit + run.length]
+            assert len(part) == run.length
+            number |= part << run.highest.raised
+        assert (number <= run.mask).all()
+        assert bool(run.table) == (nbits % 1 > 0 and run.start >= width // 2)
         read[places] = number
         seen[places] += 1
     assert (seen == 1).all()

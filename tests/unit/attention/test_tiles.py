@@ -15,7 +15,8 @@ from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine import encode
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS, Largest, exact_attention
+from kvquant.engine.packing import WIDTHS
+from tests.support import FORMATS, Largest, exact_attention, possible_width
 
 pytestmark = pytest.mark.usefixtures("formats")
 
@@ -37,7 +38,7 @@ MASKS = ["none", "bool", "additive", "causal", "per head", "row", "padding"]
 @given(
     kind=st.sampled_from(list(FORMATS)),
     axes=st.tuples(*[st.sampled_from(["channel", "token"])] * 2),
-    bits=st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2),
+    bits=st.tuples(*[st.sampled_from(WIDTHS)] * 2),
     groups=st.sampled_from([1, 2, 4]),
     widths=st.sampled_from([(16, 16), (8, 24), (80, 32)]),
     batch=st.integers(1, 3),
@@ -73,6 +74,7 @@ def test_fused_equals_dequantised(
     outliers,
 ):
     """For every format, axis, width, grouped-query ratio, mask, scale, dtype, rotation and tile."""
+    bits = [possible_width(each, kind, axis, 8, width) for each, axis, width in zip(bits, axes, widths, strict=True)]
     layer, (keys, values) = filled(
         tokens,
         batch=batch,

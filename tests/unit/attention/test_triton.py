@@ -20,7 +20,8 @@ from kvquant.attention import dispatch, tiles, triton_kernels
 from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
-from tests.support import FORMATS, exact_attention
+from kvquant.engine.packing import WIDTHS
+from tests.support import FORMATS, exact_attention, possible_width
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'kvquant[fused]'")
 
@@ -104,11 +105,12 @@ def group_sizes(axis, width):
 def layouts(draw):
     """Formats, axes, bits, head dims and group sizes of keys and values."""
     axes = draw(st.tuples(*[st.sampled_from(["channel", "token"])] * 2))
-    bits = draw(st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2))
+    bits = draw(st.tuples(*[st.sampled_from(WIDTHS)] * 2))
     widths = draw(st.tuples(*[st.sampled_from([20, 32, 64, 80, 96, 112, 128, 256])] * 2))
     rotations = draw(st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2))
     sizes = [draw(group_sizes(axis, width)) for axis, width in zip(axes, widths, strict=True)]
     kind = draw(st.sampled_from(["affine", "codebook"]))
+    bits = [possible_width(*each[:1], kind, *each[1:]) for each in zip(bits, axes, sizes, widths, strict=True)]
     return widths, {
         "backend": f"test-{kind}",
         "axis_key": axes[0],

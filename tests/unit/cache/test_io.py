@@ -16,14 +16,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import kvquant
 from kvquant import CacheConfig, QuantizedCache
 from kvquant.attention.kernels import VARIABLE
+from kvquant.engine.packing import WIDTHS
 from kvquant.errors import CacheFileError
 from kvquant.plugin import BackendSpec, Capabilities, Opaque
-from tests.support import FORMATS, SMALL_MODEL, OpaqueMinMax
+from tests.support import FORMATS, SMALL_MODEL, OpaqueMinMax, possible_options
 from tests.unit.cache.files import assert_same, tampered
 
 pytestmark = pytest.mark.usefixtures("formats")
 
-WIDTHS = (1, 2, 3, 4, 8)
 KEYS, VALUES = 8, 16  # head_dim of keys and of values; keys are narrower, as in latent attention
 
 OPTIONS = st.fixed_dictionaries(
@@ -41,7 +41,7 @@ OPTIONS = st.fixed_dictionaries(
         "layers": st.sampled_from([{}, {1: {"backend": "test-affine", "nbits": 3, "sink_length": 1}}]),
         "skip_layers": st.sampled_from([(), (2,)]),
     }
-)
+).map(lambda options: possible_options(options, KEYS, VALUES))
 UPDATES = st.tuples(st.just("update"), st.one_of(st.integers(1, 5), st.integers(0, 90)))
 OPERATIONS = st.lists(
     st.one_of(
@@ -388,6 +388,6 @@ def test_options_of_a_scheme_are_in_the_file(tmp_path, backend):
     name = backend(FORMATS["affine"], group_sizes=(8,))
     filled(QuantizedCache(name, residual_length=0), 64).save(tmp_path / "cache.kvq")
     kvquant.unregister(name)
-    kvquant.register(BackendSpec(name, FORMATS["affine"], Capabilities(nbits=WIDTHS, group_sizes=(16,))))
+    kvquant.register(BackendSpec(name, FORMATS["affine"], Capabilities(nbits=(1, 2, 3, 4, 8), group_sizes=(16,))))
     with pytest.raises(kvquant.KVQuantError, match="quantised with group_size=8, and the config asks for 16"):
         QuantizedCache.load(tmp_path / "cache.kvq")

@@ -55,11 +55,11 @@ def dense(handed_out):
 # ------------------------------------------------------------------------------------------------ what it holds
 
 
-@pytest.mark.parametrize("kind", ["affine", "codebook", "opaque"])
+@pytest.mark.parametrize(("kind", "nbits"), [("affine", 4), ("codebook", 4), ("opaque", 4), ("codebook", 2.5)])
 @pytest.mark.parametrize("sink", [0, 3])
-def test_it_holds_what_a_layer_that_grows_holds(kind, sink):
+def test_it_holds_what_a_layer_that_grows_holds(kind, nbits, sink):
     """In every format, after a prefill and many steps."""
-    options = {"backend": f"test-{kind}", "sink_length": sink, "outlier_share": 0.1}
+    options = {"backend": f"test-{kind}", "sink_length": sink, "nbits": nbits, "outlier_share": 0.1}
     fixed, other = make(**options), growing(**options)
     filled(fixed, steps=20)
     filled(other, steps=20)

@@ -49,7 +49,7 @@ def test_a_prompt_from_a_file(kvquant, tmp_path):
     [
         (("--prompt", "a", "--prompt-file", __file__), 2, "--prompt and --prompt-file exclude each other."),
         (("--nbits", "four"), 2, "'four' is not a width or a list of widths such as 4 or 8,4,2"),
-        (("--nbits", "5"), 2, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8."),
+        (("--nbits", "5"), 2, "nbits=5 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
         (("--max-new-tokens", "0"), 2, "0 is not in the range"),
         (("--prompt", ""), 2, "prompt='' cannot work: expected some text."),
         (("--prompt-file", "nowhere.txt"), 2, "'nowhere.txt' does not exist"),

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvquant.engine import packing
 from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig
 from kvquant.engine.options import layers_text, parse_layers
 from kvquant.errors import ConfigError, OptionValueError, UnknownOptionError
 
-WIDTHS = st.sampled_from([1, 2, 3, 4, 8])
+WIDTHS = st.sampled_from(packing.WIDTHS)
 AXES = st.sampled_from(["channel", "token", 0, 1, -1])
 OVERRIDES = st.dictionaries(
     st.one_of(st.integers(0, 40), st.builds(range, st.integers(0, 5), st.integers(6, 20), st.integers(1, 3))),
@@ -99,10 +100,11 @@ def test_a_config_holds_plain_builtins():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nbits": 5}, "nbits=5 cannot work: expected one of 1, 2, 3, 4, 8."),
-        ({"nbits": "4"}, "nbits='4' cannot work: expected one of 1, 2, 3, 4, 8."),
-        ({"nbits": True}, "nbits=True cannot work: expected one of 1, 2, 3, 4, 8."),
-        ({"nbits_key": 16}, "nbits_key=16 cannot work: expected one of 1, 2, 3, 4, 8."),
+        ({"nbits": 5}, "nbits=5 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
+        ({"nbits": 4.0}, "nbits=4.0 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
+        ({"nbits": "4"}, "nbits='4' cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
+        ({"nbits": True}, "nbits=True cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
+        ({"nbits_key": 16}, "nbits_key=16 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8."),
         ({"group_size": 0}, "group_size=0 cannot work: expected a whole number above 0, or None to have it chosen."),
         ({"group_size_value": -8}, "group_size_value=-8 cannot work"),
         ({"residual_length": -1}, "residual_length=-1 cannot work: expected a whole number of tokens, 0 or more."),
@@ -122,7 +124,10 @@ def test_a_config_holds_plain_builtins():
         ({"layers": {-1: {"nbits": 8}}}, "layers=-1 cannot work: expected layer numbers from 0"),
         ({"layers": {"2:6": {"nbits": 8}}}, "layers='2:6' cannot work: expected layer numbers from 0"),
         ({"layers": {0: 8}}, "layers['0']=8 cannot work: expected a mapping of options"),
-        ({"layers": {0: {"nbits": 7}}}, "layers['0'].nbits=7 cannot work: expected one of 1, 2, 3, 4, 8."),
+        (
+            {"layers": {0: {"nbits": 7}}},
+            "layers['0'].nbits=7 cannot work: expected one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 8.",
+        ),
         ({"layers": [1]}, "layers=[1] cannot work: expected a mapping such as"),
     ],
 )

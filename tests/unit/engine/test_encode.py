@@ -1,9 +1,14 @@
 """The border to backends: what is refused there, and how much goes through at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvquant.engine.encode import CHUNK_ELEMENTS, Encoded, Encoder
+from kvquant.engine.offload import Home
+from kvquant.engine.packing import unpack
+from kvquant.engine.pages import CanonicalPage
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 from tests.support import MinMax, OpaqueMinMax, UniformCodebook
@@ -243,3 +248,104 @@ def test_an_opaque_backend_must_read_what_it_wrote(numbers):
 
     with pytest.raises(BackendContractError, match="dequantize returned"):
         list(encoder(Misreading, formats=("opaque",)).encode(torch.randn(1, 1, 32, 32), 0))
+
+
+# ------------------------------------------------------------------------------------------------ mixed widths
+
+
+def mixed(upper, lower, axis="token", formats=("codebook",)):
+    """An encoder of 2.5 bits: a quantizer class for each half of the channels."""
+    first, second = (
+        encoder(quantizer, Scheme(nbits, axis, 16), formats=formats) for quantizer, nbits in ((upper, 3), (lower, 2))
+    )
+    return replace(first, lower=second)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("quantizer", [MinMax, UniformCodebook])
+def test_each_half_of_the_channels_is_what_its_own_width_makes_of_it(axis, quantizer):
+    """Codes, scales, offsets and tables lie side by side."""
+    formats, states = ("affine", "codebook"), torch.randn(2, 3, 32, 64)
+    (piece,) = mixed(quantizer, quantizer, axis, formats).encode(states, 0)
+    codes = unpack(piece.codes, 2.5, 64)
+    tables = (None, None) if piece.table is None else piece.table.split([8, 4])
+    for half, nbits, table, part in zip((0, 1), (3, 2), tables, states.chunk(2, 3), strict=True):
+        (alone,) = encoder(quantizer, Scheme(nbits, axis, 16), formats=formats).encode(part, 0)
+        assert torch.equal(codes.chunk(2, 3)[half], unpack(alone.codes, nbits, 32))
+        assert torch.equal(piece.scale.chunk(2, 3)[half], alone.scale)
+        assert alone.offset is None or torch.equal(piece.offset.chunk(2, 3)[half], alone.offset)
+        assert alone.table is None or torch.equal(table, alone.table)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("quantizer", [MinMax, UniformCodebook])
+def test_scales_in_bytes_cost_no_half_much(axis, quantizer):
+    """The offsets of both halves are read relative to the same levels; each half comes back as well as alone."""
+    states = torch.randn(2, 3, 64, 64) + 0.5
+    encoded = mixed(quantizer, quantizer, axis, ("affine", "codebook"))
+
+    def errors(**options):
+        halves = replace(encoded, lower=replace(encoded.lower, **options), **options)
+        (piece,) = halves.encode(states, 0)
+        page = CanonicalPage(halves, piece, 64, 64, Home(states.device))
+        page.write(piece, 0, 0)
+        return [(part**2).mean() for part in (page.dequantize(0, 64, torch.float32) - states).chunk(2, 3)]
+
+    for in_bytes, floating in zip(errors(scale_bits=8), errors(), strict=True):
+        assert in_bytes < 1.15 * floating
+
+
+@pytest.mark.parametrize("quantizer", [MinMax, UniformCodebook])
+def test_outliers_are_chosen_by_the_errors_of_both_halves(quantizer):
+    """One token is far off in the first half, one in the second, and of a block of 32 these two are kept."""
+    states = torch.randn(1, 1, 32, 64)
+    states[0, 0, 5, :32] *= 30
+    states[0, 0, 20, 32:] *= 30
+    encoded = mixed(quantizer, quantizer, "token", ("affine", "codebook"))
+    encoded = replace(encoded, kept=2, lower=replace(encoded.lower, kept=2))
+    (piece,) = encoded.encode(states, 0)
+    assert piece.outliers.positions.flatten().tolist() == [5, 20]
+    assert torch.equal(piece.outliers.states[0, 0, 0], states[0, 0, [5, 20]])
+
+
+class TwoClose(UniformCodebook):
+    """Two entries lie so close together that a scale in float16 could make one of the other."""
+
+    def quantize(self, rows):
+        answer = super().quantize(rows)
+        answer.table[-2] = answer.table[-1] - 1e-4
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "dtype"),
+    [
+        (UniformCodebook, UniformCodebook, torch.float16),
+        (TwoClose, UniformCodebook, torch.float32),
+        (UniformCodebook, TwoClose, torch.float32),
+    ],
+)
+def test_each_half_has_a_say_in_the_precision_of_scales(upper, lower, dtype):
+    """Its own table decides what rounding may cost."""
+    (piece,) = mixed(upper, lower).encode(torch.randn(1, 1, 32, 32) + 0.1, 0)
+    assert piece.scale.dtype == dtype
+
+
+def test_halves_in_different_formats_are_refused():
+    """No page could hold them."""
+    with pytest.raises(BackendContractError, match=r"nbits=2.5 cannot be mixed: its two widths came in different"):
+        list(mixed(MinMax, UniformCodebook, formats=("affine", "codebook")).encode(torch.randn(1, 1, 32, 32), 0))
+
+
+@pytest.mark.parametrize("width", [3, 2])
+def test_a_code_that_its_half_has_no_room_for_is_caught(width):
+    """Though the other half might have."""
+
+    class TooLarge(MinMax):
+        def quantize(self, rows):
+            answer = super().quantize(rows)
+            return QuantizedRows(answer.codes + 1, answer.scale, answer.offset)
+
+    halves = (TooLarge, MinMax) if width == 3 else (MinMax, TooLarge)
+    with pytest.raises(BackendContractError, match=f"code {2**width} is out of range for nbits={width}"):
+        list(mixed(*halves, formats=("affine",)).encode(torch.randn(1, 1, 32, 32), 0))

@@ -38,17 +38,27 @@ def test_a_scale_becomes_the_nearest_byte(scale: float) -> None:
 
 
 @given(
-    nbits=st.sampled_from([1, 2, 3, 4, 8]), far=st.floats(-1.2, 1.2), size=st.floats(-4, 2), seed=st.integers(0, 2**16)
+    nbits=st.sampled_from([1, 2, 3, 4, 8]),
+    more=st.sampled_from([0, 1]),
+    far=st.floats(-1.2, 1.2),
+    size=st.floats(-4, 2),
+    seed=st.integers(0, 2**16),
 )
-def test_every_number_takes_the_nearest_level_there_is(nbits: int, far: float, size: float, seed: int) -> None:
-    """Brute force over all levels that the bytes allow, for rows near zero and some ranges away from it."""
+def test_every_number_takes_the_nearest_level_there_is(
+    nbits: int, more: int, far: float, size: float, seed: int
+) -> None:
+    """Brute force over all levels that the bytes allow, for rows near zero and some ranges away from it.
+
+    Offsets of the second half of a mixed width are relative to the levels of codes of a bit more.
+    """
+    relative = Levels.of(nbits + more, None)
     rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)).double()
     rows = (rows + 4 * far) * 10**size
-    made, fits = to_bytes(MinMax(Scheme(nbits, "token", 16)).quantize(rows), rows.clone(), nbits)
+    made, fits = to_bytes(MinMax(Scheme(nbits, "token", 16)).quantize(rows), rows.clone(), nbits, relative)
     assert fits.all()
     assert made.offset is not None
     scale = read_scale(made.scale, torch.float64)
-    offset = read_offset(made.offset, scale, Levels.of(nbits, None))
+    offset = read_offset(made.offset, scale, relative)
     levels = torch.arange(2**nbits) * scale[:, None] + offset[:, None]
     read = levels.gather(1, made.codes.long())
     best = (levels[:, None] - rows[:, :, None]).abs().amin(2)
@@ -74,14 +84,16 @@ def test_little_is_lost(kind: type[MinMax], nbits: int) -> None:
     assert error(made, scale, offset) < 1.1 * error(quantized, quantized.scale, quantized.offset)
 
 
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("value", [0.0, 3.3, -30000.0, 1e-7, 4000.0])
-def test_a_constant_row_fits_and_comes_back_within_half_a_percent(value: float) -> None:
+def test_a_constant_row_fits_and_comes_back_within_half_a_percent(value: float, more: int) -> None:
     """Padding makes such rows; they must not cost all later tokens their bytes."""
     rows = torch.full((1, 8), value).double()
-    made, fits = to_bytes(MinMax(Scheme(2, "token", 8)).quantize(rows), rows.clone(), 2)
+    relative = Levels.of(2 + more, None)
+    made, fits = to_bytes(MinMax(Scheme(2, "token", 8)).quantize(rows), rows.clone(), 2, relative)
     assert made.offset is not None
     scale = read_scale(made.scale, torch.float64)
-    read = made.codes * scale[:, None] + read_offset(made.offset, scale, Levels.of(2, None))[:, None]
+    read = made.codes * scale[:, None] + read_offset(made.offset, scale, relative)[:, None]
     assert bool(fits)
     assert ((read - rows).abs() <= 0.005 * abs(value) + 1e-6).all()
 

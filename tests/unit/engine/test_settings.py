@@ -1,5 +1,7 @@
 """What a layer does, decided from options, backend and model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,68 @@ def test_a_group_that_does_not_divide_the_head_is_refused_with_those_that_do():
         "backend 'reference' cannot be used for key states of layer 0: group_size=48 does not divide head_dim=64; "
         "those that do: 1, 2, 4, 8, 16, 32, 64."
     )
+
+
+def test_a_mixed_width_is_two_quantizers_for_one_backend():
+    """The first half of the channels takes the width above; a backend sees whole widths only."""
+    settings = settings_for(nbits=2.5)
+    scheme = settings.key.scheme(64)
+    assert [(each.nbits, quantizer.scheme) for each, quantizer in settings.key.quantizers(scheme)] == [
+        (nbits, replace(scheme, nbits=nbits)) for nbits in (3, 2)
+    ]
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 64), (64, 32), (80, 40), (6, 3)])
+def test_the_default_group_fits_half_of_the_head_where_widths_are_mixed(head_dim, group_size):
+    """On the token axis; on the channel axis any does."""
+    settings = settings_for(nbits=3.5)
+    assert settings.value.scheme(head_dim).group_size == group_size
+    assert settings.key.scheme(head_dim).group_size == 64
+
+
+@pytest.mark.parametrize(
+    ("nbits", "options", "head_dim", "reason"),
+    [
+        (2.5, {"nbits": (2, 4)}, None, "nbits=2.5 is a mix of 3 and 2 bits; supported: 2, 4"),
+        (
+            1.5,
+            {"nbits": (1, 2), "formats": ("opaque",)},
+            None,
+            "nbits=1.5 is a mix of two widths, which the format opaque does not have; supported: 1, 2",
+        ),
+        (
+            2.5,
+            {"nbits": (1, 2, 3), "formats": ("trellis",)},
+            None,
+            "nbits=2.5 is a mix of two widths, which the format trellis does not have; supported: 1, 2, 3",
+        ),
+        (2.5, {"axes": ("token",)}, None, "axis='channel' is not supported; supported: token"),
+        (
+            3.5,
+            {},
+            64,
+            "group_size=64 does not divide half of head_dim=64 (nbits=3.5 has two widths); those that do: 1, 2, 4, 8",
+        ),
+        (3.5, {"group_sizes": (64, 128)}, 256, None),
+        (2.5, {}, 65, "nbits=2.5 needs an even head_dim, and it is 65."),
+        (2.5, {}, 1, "nbits=2.5 needs an even head_dim, and it is 1."),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused_with_what_can(backend, nbits, options, head_dim, reason):
+    """At construction, or with the first states where it depends on head_dim."""
+    name = backend(MinMax, **{"nbits": (1, 2, 3, 4, 8), **options})
+
+    def decide():
+        settings = settings_for(backend=name, nbits=nbits, group_size=64)
+        if head_dim is not None:
+            settings.value.scheme(head_dim)
+
+    if reason is None:
+        decide()
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        decide()
+    assert reason in str(caught.value)
 
 
 def test_the_default_group_is_one_that_the_backend_has(backend):

@@ -58,6 +58,7 @@ class TestNames:
             ("kvquant", "kvquant:reference:4"),
             ("kvquant:anything", "kvquant:anything:4"),
             (" kvquant:reference:2 ", "kvquant:reference:2"),
+            ("kvquant:reference:2.5", "kvquant:reference:2.5"),
         ],
     )
     def test_a_name_may_leave_out_backend_and_bits(self, text: str, label: str) -> None:
@@ -80,6 +81,7 @@ class TestNames:
             ("turboquant:5", OptionValueError, "nbits from 1, 2, 3, 4 for turboquant"),
             ("turboquant:4:4", OptionValueError, "kind[:backend[:nbits]]"),
             ("transformers:quanto:3", OptionValueError, "nbits from 2, 4 for quanto"),
+            ("transformers:quanto:2.5", OptionValueError, "nbits from 2, 4 for quanto"),
             ("kvquant:reference:four", OptionValueError, "kvquant:reference:2"),
             ("kvquant:reference:4:5", OptionValueError, "kind[:backend[:nbits]]"),
             ("kvquant::4", OptionValueError, "kind[:backend[:nbits]]"),

@@ -95,6 +95,7 @@ def test_methods_are_written_short_or_in_full() -> None:
     assert len(find_methods("bitsandbytes")[0]) == 4
     assert [method.axis for method in find_methods(" hqq : 4 , hqq:8:token")[0]] == ["channel", "token", "token"]
     assert find_methods("HQQ:4:token")[0] == (Method("hqq", 4, "token"),)
+    assert find_methods("hqq:2.5:token")[0] == (Method("hqq", 2.5, "token"),)
 
 
 def test_the_rest_of_the_command_line_narrows_what_is_written() -> None:
@@ -135,6 +136,7 @@ def test_two_backends_of_one_name_are_told_apart() -> None:
         ("refrence:4", UnknownBackendError, "unknown backend 'refrence'. Did you mean 'reference'"),
         ("kvquant:hqqq:4", UnknownBackendError, "unknown backend 'kvquant:hqqq'"),
         ("quanto:3", UnsupportedError, "nbits=3 is not supported; supported: 2, 4, 8"),
+        ("quanto:2.5", UnsupportedError, "nbits=2.5 is a mix of 3 and 2 bits; supported: 2, 4, 8"),
         ("quanto:4:fast=true", UnsupportedError, "option 'fast' is unknown to this backend; known: optimizer, qtype"),
         ("hqq:4:chanel", OptionValueError, "backends='hqq:4:chanel' cannot work: expected BACKEND[:NBITS][:AXIS]"),
         ("hqq:chanel", OptionValueError, "backends='hqq:chanel' cannot work: expected BACKEND[:NBITS][:AXIS]"),

@@ -180,11 +180,17 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("number", "shift"), [(number, shift) for number in range(6) for shift in (0, 2)])
-def test_a_plan_is_what_random_states_fill_a_cache_with(tmp_path, backends, number, shift):
+@pytest.mark.parametrize(
+    ("number", "chosen"),
+    [
+        *((number, SETTINGS[(number + shift) % len(SETTINGS)]) for number in range(6) for shift in (0, 2)),
+        *((number, "nbits_key=3.5:nbits_value=2.5:group_size=16") for number in (0, 1)),
+    ],
+)
+def test_a_plan_is_what_random_states_fill_a_cache_with(tmp_path, backends, number, chosen):
     """Every format, both axes, sinks, lengths that no block divides: each part and the total, to the byte."""
     name, batch, prefill, decoded = saved(tmp_path, "llama", num_hidden_layers=2), 3, 1003, 300
-    text = f"{backends[number]}:2:{SETTINGS[(number + shift) % len(SETTINGS)]}"
+    text = f"{backends[number]}:2:{chosen}"
     options = PlanOptions(candidates=candidates(text), context=prefill + decoded, decode=decoded, batch=batch)
     shape = model_shape(name, dtype="bfloat16", batch=batch)
     row = make_plan(shape, options).rows[1]
