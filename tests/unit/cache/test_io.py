@@ -162,12 +162,19 @@ def llama():
     return AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_MODEL)).eval()
 
 
-@pytest.mark.parametrize("backend", [f"test-{kind}" for kind in FORMATS])
+#: What is found in the states, or written in other ways than scales in float16.
+SMOOTH = {"smoothing_key": True, "smoothing_value": True, "scale_bits": 8}
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*((f"test-{kind}", {}) for kind in FORMATS), ("reference", SMOOTH), ("trellis", {**SMOOTH, "outlier_share": 0.1})],
+)
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_goes_on_with_the_same_tokens(tmp_path, llama, backend, beams):
+def test_generation_goes_on_with_the_same_tokens(tmp_path, llama, backend, options, beams):
     """As from the cache that was never saved; the ids that were saved with it say what it stands for."""
     prompt = torch.randint(128, (2, 70))
-    cache = QuantizedCache(backend, llama.config, nbits=2, group_size=16, residual_length=16)
+    cache = QuantizedCache(backend, llama.config, nbits=2, group_size=16, residual_length=16, **options)
     with torch.inference_mode():
         llama(prompt, past_key_values=cache, use_cache=True)
     cache.save(tmp_path / "prompt.kvq", model=llama, token_ids=prompt)

@@ -60,6 +60,7 @@ def dense(handed_out):
 def test_it_holds_what_a_layer_that_grows_holds(kind, nbits, sink):
     """In every format, after a prefill and many steps."""
     options = {"backend": f"test-{kind}", "sink_length": sink, "nbits": nbits, "outlier_share": 0.1}
+    options |= {"smoothing_key": True, "smoothing_value": True, "scale_bits": 8}
     fixed, other = make(**options), growing(**options)
     filled(fixed, steps=20)
     filled(other, steps=20)

@@ -174,7 +174,8 @@ def backends(formats):
 SETTINGS = [
     "group_size=16",
     "token:group_size=16:residual_length=40:outlier_share=0.05",
-    "channel:sink_length=5:group_size=32",
+    "channel:sink_length=5:group_size=32:scale_bits=8",
+    "group_size=16:smoothing_key=true:smoothing_value=true",
     "nbits_key=4:axis_key=token:axis_value=channel:group_size_value=24:group_size_key=8:residual_length=0",
     "rotation_key=hadamard:skip_layers=[0]:outlier_share=0.01",
 ]
