@@ -349,7 +349,7 @@ class Encoder:
         8 bits where codes are chosen after them. Each block is judged by itself, so that the answer does not depend on
         which blocks came in one call.
         """
-        needs = self._needed_bits(piece).tolist()
+        needs = self._needed_bits(piece)
         tokens_per_scale = self.scheme.group_size if self.scheme.axis == "channel" else 1
         start = 0
         while start < len(needs):
@@ -361,11 +361,14 @@ class Encoder:
             yield piece.run(slice(start, stop), tokens, rows), needs[start]
             start = stop
 
-    def _needed_bits(self, piece: Encoded) -> Tensor:
-        """Return int64 ``[blocks]``: the bits that the scales of every block need."""
-        blocks = piece.tokens // self.block
-        needed = torch.where(_in_every(self._fits_half(piece), blocks), 16, 8 * piece.scale.element_size())
-        return needed if piece.fits is None else torch.where(_in_every(piece.fits, blocks), 8, needed)
+    def _needed_bits(self, piece: Encoded) -> list[int]:
+        """Return the bits that the scales of every block need."""
+        blocks, widest = piece.tokens // self.block, 8 * piece.scale.element_size()
+        needed = [16 if fits else widest for fits in _in_every(self._fits_half(piece), blocks).tolist()]
+        if piece.fits is None:
+            return needed
+        in_bytes = _in_every(piece.fits, blocks).tolist()
+        return [8 if fits else bits for fits, bits in zip(in_bytes, needed, strict=True)]
 
     def _fits_half(self, piece: Encoded) -> Tensor:
         """Return bool like the grid of scales: whether rounding to float16 costs a small share of a step."""
@@ -375,8 +378,9 @@ class Encoder:
             reaches = [2.0**width - 1 for width in widths]
         else:
             reaches = [_entry_over_gap(table) for table in piece.table.split(table_sizes(self.nbits, piece.taps))]
-        reach = scale.new_tensor(reaches).repeat_interleave(scale.shape[3] // len(widths))
-        error = (scale.half().to(scale.dtype) - scale).abs() * reach
+        error = (scale.half().to(scale.dtype) - scale).abs()
+        for part, reach in zip(error.chunk(len(widths), dim=3), reaches, strict=True):
+            part.mul_(reach)
         if piece.offset is not None:
             error += (piece.offset.half().to(scale.dtype) - piece.offset).abs()
         return error <= _HALF_PRECISION_SHARE * step

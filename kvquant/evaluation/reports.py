@@ -375,7 +375,7 @@ def _plain(expected: tuple[tuple[type, ...], str], value: Any, type_: type) -> A
     types, words = expected
     if not isinstance(value, types) or (isinstance(value, bool) and type_ is not bool):
         raise _UnfitError(f"expected {words}, found {_short(value)}")
-    return type_(value)
+    return value  # a whole number that stands for a float stays one, so that it is written as it was
 
 
 def _short(value: Any) -> str:

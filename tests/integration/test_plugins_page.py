@@ -81,6 +81,7 @@ def test_the_python_blocks_run_in_order_and_print_what_they_say(notebook, capsys
     assert formats == {"affine", "codebook", "opaque"}
 
 
+@pytest.mark.timeout(900)  # it makes an environment, and checks a plugin in it
 def test_the_commands_work_in_order_and_show_what_they_say(environment, tmp_path):
     """Typed one after the other; files go where the page says."""
     steps = []

@@ -60,6 +60,6 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=240
     )
     assert done.stdout == "0\n"

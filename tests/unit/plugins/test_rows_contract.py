@@ -208,7 +208,8 @@ def test_backends_say_nothing_to_users() -> None:
         f"for name in {BACKENDS!r}:\n"
         "    (spec,) = importlib.import_module('kvquant_plugins.' + name).kvquant_register_backends()\n"
         "    module, _, made = spec.factory.partition(':')\n"
-        "    getattr(importlib.import_module(module), made)(Scheme(4, 'token', 64)).quantize(torch.zeros(2, 64))\n"
+        "    getattr(importlib.import_module(module), made)("
+        "Scheme(spec.capabilities.nbits[-1], 'token', 64)).quantize(torch.zeros(2, 64))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -64,7 +64,10 @@ BAD_CAPABILITIES = [
     ({"axes": ("head",)}, r"axes=\('head',\) must be a tuple of one or more of channel, token"),
     ({"axes": "token"}, "axes='token' must be"),
     ({"formats": ("affine", "opaque")}, r"formats=\('affine', 'opaque'\): 'opaque' stands alone"),
-    ({"formats": ("float",)}, r"formats=\('float',\) must be a tuple of one or more of affine, codebook, opaque"),
+    (
+        {"formats": ("float",)},
+        r"formats=\('float',\) must be a tuple of one or more of affine, codebook, trellis, opaque",
+    ),
     ({"dtypes": ("fp16",)}, r"dtypes=\('fp16',\) must be a tuple of one or more of float32, float16"),
     ({"devices": ("cuda:0",)}, r"devices=\('cuda:0',\) must be a tuple of torch device types such as 'cuda'"),
     ({"group_sizes": (0,)}, r"group_sizes=\(0,\) must be a tuple of positive integers, or None"),
