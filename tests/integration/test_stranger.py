@@ -191,7 +191,8 @@ def test_uninstalled_it_is_gone(lloyd):
         kind, message = lloyd.python(MAKE.format(["lloyd"]))["lloyd"]
         assert kind == "UnknownBackendError"
         assert message.startswith(
-            "unknown backend 'lloyd'. Did you mean 'lloydmax'? Installed: bitsandbytes, hqq, lloydmax, quanto, reference, trellis."
+            "unknown backend 'lloyd'. Did you mean 'lloydmax'? "
+            "Installed: bitsandbytes, hqq, lloydmax, quanto, reference, trellis."
         )
     finally:
         lloyd.pip("install", "kvquant-plugin-lloyd")
