@@ -20,29 +20,22 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from kvquant.attention import numba_blocks, numba_trellis, simd, threads
+from kvquant.attention import numba_blocks, numba_pages, numba_trellis, simd, simd_rows, threads
 from kvquant.attention.numba_blocks import (
-    BYTES,
-    FIRST,
-    FLOATS,
-    HALVES,
     LOWEST,
     MASK,
-    PAGE,
-    ROW,
-    START,
-    STOP,
     Work,
-    codes_of,
     mix_by_channel,
     mix_by_token,
     score_by_channel,
     score_by_token,
     weigh,
 )
+from kvquant.attention.numba_pages import BYTES, FIRST, FLOATS, HALVES, PAGE, ROW, START, STOP, codes_of
 from kvquant.attention.numba_trellis import expand, index_bits
 from kvquant.attention.parts import Part, Segment, segments
-from kvquant.attention.simd import HALF_TABLE, LANES, next_share, pointer_to
+from kvquant.attention.simd import next_share, pointer_to
+from kvquant.attention.simd_rows import HALF_TABLE, LANES
 from kvquant.engine.body import Body
 from kvquant.engine.packing import packed_bytes, table_sizes
 from kvquant.engine.pages import CanonicalPage
@@ -61,7 +54,7 @@ _SHARES_EACH = 4
 _FEWEST_ENTRIES = LANES
 
 #: What a kernel is told: how many shares have been taken, sizes, and addresses. `pages` are int64 ``[segments, 2 (keys,
-#: values), fields]``, see `numba_blocks.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
+#: values), fields]``, see `numba_pages.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
 #: before the rows, one for each stretch of tokens.
 JOB = ("taken batches heads slots rows tokens query segments pages masked cap highest total mixed").split()
 (
@@ -70,7 +63,7 @@ JOB = ("taken batches heads slots rows tokens query segments pages masked cap hi
 PAGE_FIELDS, MASK_FIELDS = len(PAGE), len(MASK)
 
 
-#: How `numba_blocks.fetch` tells the types of scales apart.
+#: How `numba_pages.fetch` tells the types of scales apart.
 _STORED = {torch.float32: FLOATS, torch.float16: HALVES, torch.uint8: BYTES}
 
 
@@ -127,10 +120,14 @@ class Stream:
         return packed_bytes(self.width, self.row_bits) if any(self.taps) else 0
 
 
+#: What numba compiles into a kernel and does not watch.
+_COMPILED = (simd_rows, simd, numba_pages, numba_blocks, numba_trellis)
+
+
 @cache
 def _sources() -> int:
     """Return a number that changes with the files that numba compiles but does not watch."""
-    text = b"".join(Path(module.__file__ or "").read_bytes() for module in (simd, numba_blocks, numba_trellis))
+    text = b"".join(Path(module.__file__ or "").read_bytes() for module in _COMPILED)
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
 
 
@@ -209,57 +206,19 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                         codes, apart = codes_of(keys, batch, head, k_at), keys[ROW]
                         if k_high:
                             expand(
-                                keys,
-                                codes,
-                                k_at,
-                                count,
-                                work,
-                                k_width,
-                                k_bits,
-                                k_per,
-                                k_channel,
-                                k_high,
-                                k_low,
-                            )
+                                keys, codes, k_at, count, work, k_width, k_bits, k_per, k_channel, k_high, k_low,
+                            )  # fmt: skip
                             codes, apart = work.expanded.ctypes.data, expanded
                         if k_channel:
                             score_by_channel(
-                                work,
-                                keys,
-                                own,
-                                batch,
-                                head,
-                                k_at,
-                                count,
-                                codes,
-                                apart,
-                                k_width,
-                                k_read,
-                                k_per,
-                                rows,
-                                k_table,
-                                k_shifted,
-                                room,
-                            )
+                                work, keys, own, batch, head, k_at, count, codes, apart, k_width, k_read, k_per, rows,
+                                k_table, k_shifted, room,
+                            )  # fmt: skip
                         else:
                             score_by_token(
-                                work,
-                                keys,
-                                own,
-                                batch,
-                                head,
-                                k_at,
-                                count,
-                                codes,
-                                apart,
-                                k_width,
-                                k_read,
-                                k_per,
-                                rows,
-                                k_table,
-                                k_shifted,
-                                room,
-                            )
+                                work, keys, own, batch, head, k_at, count, codes, apart, k_width, k_read, k_per, rows,
+                                k_table, k_shifted, room,
+                            )  # fmt: skip
                         weigh(
                             work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows,
                             keys, k_at, values, v_at,
@@ -267,55 +226,19 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                         codes, apart = codes_of(values, batch, head, v_at), values[ROW]
                         if v_high:
                             expand(
-                                values,
-                                codes,
-                                v_at,
-                                count,
-                                work,
-                                v_width,
-                                v_bits,
-                                v_per,
-                                v_channel,
-                                v_high,
-                                v_low,
-                            )
+                                values, codes, v_at, count, work, v_width, v_bits, v_per, v_channel, v_high, v_low,
+                            )  # fmt: skip
                             codes, apart = work.expanded.ctypes.data, expanded
                         if v_channel:
                             mix_by_channel(
-                                work,
-                                values,
-                                batch,
-                                head,
-                                v_at,
-                                count,
-                                codes,
-                                apart,
-                                v_width,
-                                v_read,
-                                v_per,
-                                rows,
-                                v_table,
-                                v_shifted,
-                                room,
-                            )
+                                work, values, batch, head, v_at, count, codes, apart, v_width, v_read, v_per, rows,
+                                v_table, v_shifted, room,
+                            )  # fmt: skip
                         else:
                             mix_by_token(
-                                work,
-                                values,
-                                batch,
-                                head,
-                                v_at,
-                                count,
-                                codes,
-                                apart,
-                                v_width,
-                                v_read,
-                                v_per,
-                                rows,
-                                v_table,
-                                v_shifted,
-                                room,
-                            )
+                                work, values, batch, head, v_at, count, codes, apart, v_width, v_read, v_per, rows,
+                                v_table, v_shifted, room,
+                            )  # fmt: skip
                 for r in range(rows):
                     highest[batch, head, slot, first_row + r] = work.highest[r]
                     total[batch, head, slot, first_row + r] = work.total[r]
@@ -385,7 +308,7 @@ def _joined(highest: Tensor, total: Tensor, mixed: Tensor) -> Part:
 
 
 def _described(segment: Segment, tables: list[Tensor]) -> list[list[int]]:
-    """Return the pages of a segment in integers, see `numba_blocks.PAGE`; tables made for it go to `tables`."""
+    """Return the pages of a segment in integers, see `numba_pages.PAGE`; tables made for it go to `tables`."""
     where = [segment.start, segment.stop]
     streams = ((segment.keys, segment.key_start), (segment.values, segment.value_start))
     return [[*_described_page(page, first, tables), *where] for page, first in streams]

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kvquant.attention.numba_blocks import ROW
+from kvquant.attention.numba_pages import ROW
 from kvquant.attention.simd import pointer_to
 from kvquant.engine.trellis import MOST_MEMORY
 

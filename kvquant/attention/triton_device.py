@@ -17,10 +17,7 @@ one term, *(group, term)* in this order, and zero outside of its group of channe
 groups apart. On the side of the values they are picked at the very end. With 4 query rows and 2 groups, 32 rows take
 one pass over the codes where three terms would take three.
 
-How codes are unpacked. A plane of a byte (see `kvquant.engine.packing`) is a run of channels and has a product of its
-own: its operand is a shift and a mask of the bytes as they were loaded, nothing is interleaved or laid out anew.
-Tuples of tensors hold what there is of each plane. Of a mixed width the planes are those of the width below; the
-highest bits of the first half are loaded beside each plane, eight lanes from one byte.
+What is read of a page is in `triton_rows`.
 """
 # Annotations of `tl.constexpr` are read by triton, which wants them evaluated: no `from __future__` here.
 
@@ -29,154 +26,20 @@ import os
 import triton
 import triton.language as tl
 
-from kvquant.engine import scales
+from kvquant.attention.triton_rows import (
+    CHANNEL,
+    TOKEN,
+    among_outliers,
+    load_codes,
+    load_highest,
+    plane_channels,
+    plane_numbers,
+    plane_scales,
+    token_scales,
+)
 
 #: The interpreter multiplies the bits of bfloat16 as if they were integers: there its numbers go through as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-
-#: How scales and offsets are written in bytes, see `kvquant.engine.scales`.
-LOWEST_EXPONENT = tl.constexpr(scales.LOWEST_EXPONENT)
-PARTS, CENTER = tl.constexpr(scales.PARTS), tl.constexpr(scales.CENTER)
-
-#: Where the scales of a side go: to all tokens of a tile, to each token, to each number; see `triton_kernels`.
-CHANNEL, TOKEN, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _channels(plane: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
-    """Return the channels of a plane of `row` codes ``[padded]``, and which of them there are."""
-    at = tl.arange(0, padded)
-    return plane * row + at, (at < row) & (plane * row + at < head_dim)
-
-
-@triton.jit
-def _bytes(codes, token, valid, lower: tl.constexpr, stride: tl.constexpr, row: tl.constexpr, padded: tl.constexpr):
-    """Load packed rows, each byte once: the bytes of the planes, and of the plane of high bits for 3 bits.
-
-    Args:
-        codes: the packed rows of one head, `stride` bytes each.
-        token, valid: ``[tokens]``, where in the page the tokens are, and whether they are to be read.
-        lower: bits of a code, of a mixed width those of the second half.
-        row, padded: codes of a plane (for 3 bits, of the planes of low bits), the same padded to a power of two.
-
-    Returns:
-        uint8 ``[tokens, padded]``, twice.
-    """
-    at = tl.arange(0, padded)
-    start = codes + (token * stride)[:, None]
-    if row == padded:
-        read = tl.broadcast_to(valid[:, None], [token.shape[0], padded])
-    else:
-        read = valid[:, None] & (at < row)[None, :]
-    low = tl.load(start + at[None, :], mask=read, other=0)
-    high = low
-    if lower == 3:
-        # There are half as many bytes of high bits, so each is read twice, the second time from L1.
-        high = tl.load(start + row + (at % (row // 2))[None, :], mask=read, other=0)
-    return low, high
-
-
-@triton.jit
-def _highest(
-    codes, token, valid, plane: tl.constexpr,
-    lower: tl.constexpr, stride: tl.constexpr, head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
-):  # fmt: skip
-    """Load the highest bits of the codes of a plane, which the first half of the channels has: ``[tokens, padded]``."""
-    channel, inside = _channels(plane, head_dim // 2, row, padded)
-    start = codes + (token * stride)[:, None] + (head_dim + 7) // 8 * lower
-    found = tl.load(start + (channel // 8)[None, :], mask=valid[:, None] & inside[None, :], other=0)
-    return (found >> (channel % 8)[None, :].to(tl.uint8)) & 1
-
-
-@triton.jit
-def _numbers(
-    low, high, highest, plane: tl.constexpr, table, scale, offset,
-    nbits: tl.constexpr, lower: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr,
-    head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
-):  # fmt: skip
-    """Return what stands for the codes of a plane in a product: bfloat16 where that is exact, else float32.
-
-    Up to 4 bits the code is put behind a bfloat16's exponent, which gives ``1 + code / 2**nbits`` for one cheap
-    operation; `_folded` undoes it. Conversions from integers run at a half of the rate of arithmetic at best.
-    """
-    width: tl.constexpr = 2 if lower == 3 else lower
-    codes = (low >> (plane * width)) & ((1 << width) - 1)
-    if lower == 3:
-        second = (tl.arange(0, padded) >= row // 2).to(tl.uint8)  # the plane of high bits has half as many bytes
-        codes = codes | (((high >> (plane * 2 + second)[None, :].to(tl.uint8)) & 1) << 2)
-    if nbits != lower:
-        codes = codes | (highest << lower)
-    if codebook:
-        entries = codes.to(tl.int32)
-        if nbits != lower:  # the second half of the channels has its own table, behind that of the first
-            channel, _inside = _channels(plane, head_dim, row, padded)
-            entries += tl.where(channel >= head_dim // 2, 1 << nbits, 0)[None, :]
-        numbers = tl.load(table + entries)
-        if mode == GENERAL:
-            numbers = numbers * scale
-    elif mode == GENERAL:
-        numbers = codes.to(tl.float32) * scale + offset
-    elif nbits == 8:
-        numbers = codes.to(tl.float32).to(tl.bfloat16)
-    else:
-        numbers = (codes.to(tl.uint16) << (7 - nbits) | 0x3F80).to(tl.bfloat16, bitcast=True)
-    return numbers
-
-
-@triton.jit
-def _folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr):
-    """Load scales and offsets at `at` where `read`, zeros elsewhere, for what `_numbers` returns.
-
-    Spare capacity holds anything, NaN too, so nothing may be read behind the valid tokens.
-    """
-    stored = tl.load(scales + at, mask=read, other=0)
-    in_bytes: tl.constexpr = stored.dtype == tl.uint8
-    if in_bytes:  # a byte in front of the fraction of a float32, see `kvquant.engine.scales`
-        number = ((stored.to(tl.int32) << 20) + ((127 + LOWEST_EXPONENT) << 23)).to(tl.float32, bitcast=True)
-        scale = tl.where(read, number, 0.0)
-    else:
-        scale = stored.to(tl.float32)
-    offset = tl.zeros_like(scale)
-    if not codebook:
-        place = tl.load(offsets + at, mask=read, other=0).to(tl.float32)
-        if in_bytes:
-            levels: tl.constexpr = 1 << nbits
-            offset = ((place - CENTER) * (levels / PARTS) - (levels - 1) / 2) * scale
-        else:
-            offset = place
-        if mode != GENERAL and nbits < 8:
-            # code * s + o = (1 + code / 2^nbits) * (s * 2^nbits) + (o - s * 2^nbits)
-            scale = scale * (1 << nbits)
-            offset = offset - scale
-    return scale, offset
-
-
-@triton.jit
-def _plane_scales(
-    scales, offsets, token, valid, channel, inside,
-    nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr, by_channel: tl.constexpr,
-    head_dim: tl.constexpr, group_size: tl.constexpr,
-):  # fmt: skip
-    """Return scales and offsets of a plane: ``[1, padded]`` (`CHANNEL`) or ``[tokens, padded]`` (`GENERAL`)."""
-    if mode == CHANNEL:
-        at, read = tl.max(token // group_size, 0) * head_dim + channel[None, :], inside[None, :]
-    elif by_channel:
-        at, read = (token // group_size)[:, None] * head_dim + channel[None, :], valid[:, None] & inside[None, :]
-    else:
-        at = token[:, None] * (head_dim // group_size) + (channel // group_size)[None, :]
-        read = valid[:, None] & inside[None, :]
-    return _folded(scales, offsets, at, read, nbits, codebook, mode)
-
-
-@triton.jit
-def _token_scales(
-    scales, offsets, token, valid, group, nbits: tl.constexpr, codebook: tl.constexpr, groups: tl.constexpr
-):  # fmt: skip
-    """Return scales and offsets ``[len(group), 1, tokens]`` of `groups` groups of channels (`TOKEN`)."""
-    at = token[None, None, :] * groups + group[:, None, None]
-    read = valid[None, None, :] & (group < groups)[:, None, None]
-    return _folded(scales, offsets, at, read, nbits, codebook, TOKEN)
 
 
 @triton.jit
@@ -221,16 +84,6 @@ def _soft_capped(scores, cap):
     falling = tl.exp(-2.0 / cap * tl.abs(scores))
     size = cap * (1 - falling) / (1 + falling)
     return tl.where(scores < 0, -size, size)
-
-
-@triton.jit
-def _outliers(positions, token, valid, kept: tl.constexpr, block: tl.constexpr):
-    """Return which of the tokens ``[tokens]`` of a page are outliers, `kept` in each block, which attend elsewhere."""
-    found = token < 0
-    for index in range(kept):
-        place = tl.load(positions + token // block * kept + index, mask=valid, other=-1)
-        found = found | (place == token % block)
-    return found
 
 
 @triton.jit
@@ -294,7 +147,7 @@ def attend_split(
     q_start = query + (head * rows + q_row)[:, None] * K_DIM
     q_planes, plain_planes, q_sum = (), (), tl.zeros([K_GROUPS, RB], tl.float32)
     for plane in tl.static_range(K_PLANES):
-        k_channel, k_inside = _channels(plane, K_DIM, K_ROW, K_PAD)
+        k_channel, k_inside = plane_channels(plane, K_DIM, K_ROW, K_PAD)
         own = k_inside[None, :] & (q_row < rows)[:, None]
         if K_MODE == TOKEN:
             own = own & (k_group[:, None] == (k_channel // K_GROUP)[None, :])
@@ -327,21 +180,21 @@ def attend_split(
 
         # ------------------------------------------------------------------------------------ scores [RB, TILE]
         token = tl.where(valid, index + k_start, 0)
-        low, high = _bytes(k_codes, token, valid, K_LOWER, K_STRIDE, K_ROW, K_PAD)
+        low, high = load_codes(k_codes, token, valid, K_LOWER, K_STRIDE, K_ROW, K_PAD)
         expanded = tl.zeros([K_EXPAND * RB, TILE], tl.float32)
         bias = tl.zeros([RB], tl.float32)
         for plane in tl.static_range(K_PLANES):
             q, s, o = q_planes[plane], 1.0, 0.0
             if K_MODE != TOKEN:
-                channel, inside = _channels(plane, K_DIM, K_ROW, K_PAD)
-                s, o = _plane_scales(
+                channel, inside = plane_channels(plane, K_DIM, K_ROW, K_PAD)
+                s, o = plane_scales(
                     k_scales, k_offsets, token, valid, channel, inside,
                     K_BITS, K_BOOK, K_MODE, K_BY_CHANNEL, K_DIM, K_GROUP,
                 )  # fmt: skip
             highest_bits = low
             if K_BITS != K_LOWER:
-                highest_bits = _highest(k_codes, token, valid, plane, K_LOWER, K_STRIDE, K_DIM, K_ROW, K_PAD)
-            numbers = _numbers(
+                highest_bits = load_highest(k_codes, token, valid, plane, K_LOWER, K_STRIDE, K_DIM, K_ROW, K_PAD)
+            numbers = plane_numbers(
                 low, high, highest_bits, plane, k_table, s, o,
                 K_BITS, K_LOWER, K_BOOK, K_MODE, K_DIM, K_ROW, K_PAD,
             )  # fmt: skip
@@ -352,13 +205,13 @@ def attend_split(
             expanded = _dot(q, tl.trans(numbers), expanded, k_term, K_TERMS > 1, K_EXACT)
         scores = tl.reshape(expanded, [K_EXPAND, RB, TILE])
         if K_MODE == TOKEN:
-            s, _unused = _token_scales(
+            s, _unused = token_scales(
                 k_scales, k_offsets, token, valid, k_repetition // K_TERMS, K_BITS, K_BOOK, K_DIM // K_GROUP
             )
             scores = scores * s
         scores = tl.sum(scores, 0)
         if not K_BOOK and K_MODE == TOKEN:
-            _unused, o = _token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
+            _unused, o = token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
             scores += tl.sum(q_sum[:, :, None] * o, 0)
         if K_MODE == CHANNEL:
             scores += bias[:, None]
@@ -368,9 +221,9 @@ def attend_split(
 
         shown = row_ok[:, None] & valid[None, :]
         if K_KEPT > 0:
-            shown = shown & ~_outliers(k_outliers, index + k_start, valid, K_KEPT, K_BLOCK)[None, :]
+            shown = shown & ~among_outliers(k_outliers, index + k_start, valid, K_KEPT, K_BLOCK)[None, :]
         if V_KEPT > 0:
-            shown = shown & ~_outliers(v_outliers, index + v_start, valid, V_KEPT, V_BLOCK)[None, :]
+            shown = shown & ~among_outliers(v_outliers, index + v_start, valid, V_KEPT, V_BLOCK)[None, :]
         if LIMITED:
             shown = shown & ((first + index)[None, :] <= seen[:, None])
         if MASKED:
@@ -392,16 +245,14 @@ def attend_split(
 
         # ------------------------------------------------------------------------------------ values
         token = tl.where(valid, index + v_start, 0)
-        low, high = _bytes(v_codes, token, valid, V_LOWER, V_STRIDE, V_ROW, V_PAD)
+        low, high = load_codes(v_codes, token, valid, V_LOWER, V_STRIDE, V_ROW, V_PAD)
         if V_MODE == TOKEN:
-            s, _unused = _token_scales(
+            s, _unused = token_scales(
                 v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_DIM // V_GROUP
             )
             weights = p[None, :, :] * s
             if not V_BOOK:
-                _unused, o = _token_scales(
-                    v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP
-                )
+                _unused, o = token_scales(v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP)
                 from_offsets = from_offsets * kept[None, :] + tl.sum(p[None, :, :] * o, 2)
         else:
             weights = tl.where((v_repetition < V_TERMS)[:, None, None], p[None, :, :], 0.0)
@@ -411,15 +262,15 @@ def attend_split(
         for plane in tl.static_range(V_PLANES):
             acc, s, o = accs[plane] * kept_rows[:, None], 1.0, 0.0
             if V_MODE != TOKEN:
-                channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
-                s, o = _plane_scales(
+                channel, inside = plane_channels(plane, V_DIM, V_ROW, V_PAD)
+                s, o = plane_scales(
                     v_scales, v_offsets, token, valid, channel, inside,
                     V_BITS, V_BOOK, V_MODE, V_BY_CHANNEL, V_DIM, V_GROUP,
                 )  # fmt: skip
             highest_bits = low
             if V_BITS != V_LOWER:
-                highest_bits = _highest(v_codes, token, valid, plane, V_LOWER, V_STRIDE, V_DIM, V_ROW, V_PAD)
-            numbers = _numbers(
+                highest_bits = load_highest(v_codes, token, valid, plane, V_LOWER, V_STRIDE, V_DIM, V_ROW, V_PAD)
+            numbers = plane_numbers(
                 low, high, highest_bits, plane, v_table, s, o,
                 V_BITS, V_LOWER, V_BOOK, V_MODE, V_DIM, V_ROW, V_PAD,
             )  # fmt: skip
@@ -438,7 +289,7 @@ def attend_split(
     tl.store(highest + at, top, mask=row_ok)
     tl.store(total + at, weight, mask=row_ok)
     for plane in tl.static_range(V_PLANES):
-        channel, inside = _channels(plane, V_DIM, V_ROW, V_PAD)
+        channel, inside = plane_channels(plane, V_DIM, V_ROW, V_PAD)
         sums = tl.reshape(accs[plane], [V_EXPAND, RB, V_PAD])
         if V_MODE == TOKEN:
             own = (v_repetition // V_TERMS)[:, None, None] == (channel // V_GROUP)[None, None, :]

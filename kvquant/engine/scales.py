@@ -20,6 +20,8 @@ from kvquant.plugin.quantizer import QuantizedRows
 LOWEST_EXPONENT, LARGEST = -20, 3840.0
 #: Parts of the range of all levels in which the place of their middle is given, and the part that stands for zero.
 PARTS, CENTER = 32, 128
+#: What stands for the range of the levels of a table, in scales: tables are for numbers of about unit size.
+TABLE_SPAN = 4.0
 #: How far from zero the middle may lie, in ranges; 127 parts are the most, and the scale may be rounded down.
 _REACH = 3.7
 #: How many times larger than the backend's a scale may be, so that its levels reach the middle.
@@ -44,7 +46,7 @@ class Levels:
     def of(cls, nbits: float, table: Tensor | None) -> Levels:
         """Return those of codes of `nbits` bits, which are their own numbers where there is no table."""
         if table is not None:
-            return cls(span=4.0, middle=0.0)  # of a table for numbers of size 1: a scale is of the size of a row's
+            return cls(span=TABLE_SPAN, middle=0.0)
         count = 2 ** math.ceil(nbits)
         return cls(span=float(count), middle=(count - 1) / 2)
 

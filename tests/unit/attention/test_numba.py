@@ -284,7 +284,7 @@ def test_scores_that_lie_far_apart_do_not_overflow():
 )
 def test_runs_read_what_was_packed(nbits, width, group, seed):
     """Every code once, in vectors that cross no group and no byte plane."""
-    from kvquant.attention.simd import LANES, runs
+    from kvquant.attention.simd_rows import LANES, runs
 
     codes = random_codes((width,), nbits, seed)
     packed = pack(codes, nbits)
