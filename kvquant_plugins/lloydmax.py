@@ -101,7 +101,7 @@ class LloydMaxQuantizer:
 
         pieces = [self._quantize(piece.float()) for piece in rows.split(max(1, _AT_ONCE // rows.shape[1]))]
         codes, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return QuantizedRows(codes, scale, table=torch.tensor(self.table, device=rows.device))
+        return QuantizedRows(codes, scale, table=torch.tensor(self.table, dtype=torch.float32, device=rows.device))
 
     def _quantize(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes ``[n_groups, group_size]`` and scale ``[n_groups]`` of float32 rows."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvquant.plugin import BackendSpec, Capabilities, QuantizedRows, Scheme, hookimpl
 
@@ -60,13 +60,13 @@ class TrellisQuantizer:
         Raises:
             ValueError: ``states`` or ``offset`` has a value that is not among those listed.
         """
-        if self._states not in tuple(TAPS):  # which takes what cannot be hashed, too
+        if type(self._states) is not int or self._states not in TAPS:
             raise ValueError(f"states={self._states!r} cannot work: expected one of {', '.join(map(str, TAPS))}")
         if self._offset not in ("auto", True, False):
             raise ValueError(f"offset={self._offset!r} cannot work: expected 'auto', True or False")
 
     @property
-    def _states(self) -> object:
+    def _states(self) -> Any:
         return self.scheme.options.get("states", _STATES)
 
     @property
@@ -90,8 +90,8 @@ class TrellisQuantizer:
         """
         import torch
 
-        states, nbits = int(str(self._states)), self.scheme.nbits
-        table = torch.tensor(levels(nbits, states), device=rows.device)
+        states, nbits = self._states, self.scheme.nbits
+        table = torch.tensor(levels(nbits, states), dtype=torch.float32, device=rows.device)
         wide = torch.promote_types(rows.dtype, torch.float32)
         # Relative to the largest magnitude, so that no square overflows or vanishes; in float64, so that the order of a
         # sum does not show in what is rounded.
@@ -149,7 +149,7 @@ def search(rows: Tensor, table: Tensor, taps: tuple[int, int]) -> tuple[Tensor, 
     # A state is the last bits. A number's state and its predecessor's differ in the bit that falls out, which is the
     # choice between two predecessors, and in the one that comes in.
     set_of = torch.tensor(sets, device=rows.device).T.flatten()  # [2 * states]: those of one choice, then of the other
-    cost = torch.full((states, len(rows)), torch.inf, device=rows.device)
+    cost = torch.full((states, len(rows)), torch.inf, dtype=torch.float32, device=rows.device)
     cost[0] = 0
     choices = torch.empty((len(numbers), states, len(rows)), dtype=torch.bool, device=rows.device)
     for at in range(len(numbers)):
@@ -204,7 +204,7 @@ def kvquant_register_backends() -> list[BackendSpec]:
                     "offset": "whether rows have an offset: True, False or auto (on the channel axis; the default)",
                 },
             ),
-            summary="Trellis-coded quantisation in plain torch: least error at 1 to 3 bits; needs nothing installed",
+            summary="Trellis-coded quantisation: the best path of levels for a whole group; needs nothing installed",
             url="https://doi.org/10.1109/26.46532",
         )
     ]

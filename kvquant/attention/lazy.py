@@ -32,7 +32,13 @@ class LazyStates(Tensor):
     repeats: int
     unfolded: bool
 
-    # What each kind has of its own. Nothing enforces it: torch's metaclass leaves no room for that of abstract classes.
+    # What each kind has of its own. torch's metaclass leaves no room for that of abstract classes.
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        missing = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+        if missing:
+            raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
 
     @abstractmethod
     def dequantize(self) -> Tensor:

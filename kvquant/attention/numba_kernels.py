@@ -4,7 +4,7 @@ For each key/value head a block of tokens is scored, weighed and mixed while it 
 that share the head use the codes that were unpacked for the first. Blocks are merged by online softmax (see `parts`).
 
 A kernel is compiled for each kind of stream and number of rows, once; numba keeps it on disk. It works on addresses,
-so that starting one costs little. Threads are as many as torch's, in a pool
+so that starting one costs little. It runs on torch's own threads (see `threads`).
 """
 
 from __future__ import annotations
@@ -277,8 +277,8 @@ def attend_body(
 
     team = torch.get_num_threads() if len(keys) * batch * heads * key.width >= _WORTH_THREADS else 1
     slots = -(-team * _SHARES_EACH // (batch * heads)) if team > 1 else 1
-    highest = torch.empty((batch, heads, slots, rows * tiles))
-    total, mixed = torch.empty_like(highest), torch.empty((*highest.shape, value.width))
+    highest = torch.empty((batch, heads, slots, rows * tiles), dtype=torch.float32)
+    total, mixed = torch.empty_like(highest), highest.new_empty((*highest.shape, value.width))
     tables: list[Tensor] = []
     pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
     described, masks = _described_mask(mask, last, len(keys))

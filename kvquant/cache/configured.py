@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from kvquant.engine.config import CacheConfig
 from kvquant.engine.memory import MemoryReport
 
 
-class Configured:
+class Configured(ABC):
     """A cache with a `CacheConfig`; mixed into one of transformers' classes."""
 
     @abstractmethod

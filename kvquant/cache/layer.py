@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,24 +199,22 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers shi
         policy = self.policy(schemes["key"], schemes["value"])
 
         def encoder(stream: str, settings: StreamSettings) -> Encoder:
-            first, *second = (
-                Encoder(
-                    backend=settings.backend.name,
-                    quantizer=quantizer,
-                    scheme=scheme,
-                    stream=stream,
-                    where=self.where,
-                    block=policy.block,
-                    dtype=dtypes[stream],
-                    formats=settings.backend.capabilities.formats,
-                    transform=settings.head_transform(streams[stream][1].shape[3]),
-                    smooths=settings.smooths,
-                    scale_bits=settings.scale_bits,
-                    kept=kept_tokens(self.settings.outlier_share, policy.block),
-                )
-                for scheme, quantizer in settings.quantizers(schemes[stream])
+            (scheme, quantizer), *lower = settings.quantizers(schemes[stream])
+            return Encoder(
+                backend=settings.backend.name,
+                quantizer=quantizer,
+                scheme=scheme,
+                stream=stream,
+                where=self.where,
+                block=policy.block,
+                dtype=dtypes[stream],
+                formats=settings.backend.capabilities.formats,
+                transform=settings.head_transform(streams[stream][1].shape[3]),
+                smooths=settings.smooths,
+                scale_bits=settings.scale_bits,
+                kept=kept_tokens(self.settings.outlier_share, policy.block),
+                lower=lower[0] if lower else None,
             )
-            return replace(first, lower=second[0]) if second else first
 
         return {
             stream: Store(states, encoder(stream, settings), policy, self._place())

@@ -60,6 +60,9 @@ class QuantizedSlidingLayer(QuantizedLayer):
             first = 0 if self.record_past else stores["key"].policy.first_kept(added)
             self._begin(stores, first)
             try:
+                if first:
+                    stores["key"].fit_smoothing(key_states)
+                    stores["value"].fit_smoothing(value_states)
                 super()._append(stores, key_states[:, :, first:], value_states[:, :, first:])
             except BaseException:
                 self._begin(stores, 0)

@@ -34,10 +34,11 @@ def _transforms(layers: Sequence[Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def check_versions(header: Header, layers: Sequence[QuantizedLayer]) -> None:
-    """Refuse what only the backend can read, if it is another version of it: it may read other numbers.
+    """Refuse what would be read as other numbers.
 
     Raises:
-        CacheFileError: it is, or a transform is another map than the one that was used.
+        CacheFileError: blocks that only the backend can read are of another version of it, or a transform is another
+            map than the one that was used.
     """
     part = Saved(dict(header.description), {}).part("versions")
     if "transforms" in part:  # the first files had none

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.encode import Encoder
 from kvquant.engine.offload import Copies, Home, clone, host_for
 from kvquant.engine.opaque import OpaquePage
 from kvquant.engine.pages import CanonicalPage, Page
+from kvquant.engine.pieces import Encoded, Piece
 from kvquant.engine.state import Saved, State
 from kvquant.engine.window import WindowPolicy
 from kvquant.transforms.frame import Frame
@@ -197,8 +198,6 @@ class Body:
             page.discard()
             if page.capacity - page.length > self._policy.spare(tokens):
                 page.trim(page.length)
-        if not self.pages and self.first_token == self._policy.sink_length:
-            self.smoothing = None  # as if nothing had ever been quantised
         self._index()
 
     def without(self, tokens: int) -> Body:

@@ -71,7 +71,8 @@ class CacheConfig:
         scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see
             `kvquant.engine.scales`); a scale that needs more gets more.
         outlier_share: share of the quantised tokens, up to a half, whose states are kept exact beside their codes: in
-            each block, of each head, those that quantisation harms most; one of a block at least. 0 for none.
+            each block, of each head, those that quantisation harms most; one of a block at least. 0 for none. They are
+            read in `compute_dtype`.
         residual_length: most recent tokens that stay in full precision, at least.
         sink_length: first tokens that stay in full precision for ever.
         compute_dtype: floating type in which groups are quantised, dequantised and attended; None takes float32
@@ -154,7 +155,7 @@ class CacheConfig:
         """Make a config from one of `PRESETS`; `options` override its settings."""
         if preset not in PRESETS:
             raise UnknownOptionError("preset", preset, PRESETS)
-        return cls.from_dict({**PRESETS[preset], **rename_options(options, OPTIONS)})
+        return cls.from_dict(overridden(PRESETS[preset], rename_options(options, OPTIONS)))
 
     @classmethod
     def from_json(cls, text: str) -> CacheConfig:
@@ -214,12 +215,7 @@ class CacheConfig:
         merged = _layer_options_of(self)
         for key, overrides in self.layers.items():
             if layer in parse_layers(key):
-                # What a layer says of both streams beats what the whole cache says of one.
-                for general in {"nbits", "group_size"} & set(overrides):
-                    merged[f"{general}_key"] = merged[f"{general}_value"] = None
-                if "backend" in overrides:
-                    merged["options"] = {}  # those of the cache are for another backend
-                merged.update(overrides)
+                merged = overridden(merged, overrides)
         return merged
 
     def skips(self, layer: int, count: int | None = None) -> bool:
@@ -246,6 +242,16 @@ class CacheConfig:
         for key in self.layers:
             if max(parse_layers(key)) >= count:
                 raise OptionValueError("layers", key, f"layers from 0 to {count - 1}")
+
+
+def overridden(options: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with others over them: what is said of both streams beats what was said of one before."""
+    merged = dict(options)
+    for general in {"nbits", "group_size"} & set(overrides):
+        merged[f"{general}_key"] = merged[f"{general}_value"] = None
+    if "backend" in overrides:
+        merged["options"] = {}  # those were for another backend
+    return {**merged, **overrides}
 
 
 OPTIONS = tuple(option.name for option in dataclasses.fields(CacheConfig))

@@ -17,6 +17,7 @@ from kvquant.engine.border import Border
 from kvquant.engine.grouping import rows_to_states, scale_grid_shape, states_to_rows
 from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import pack, table_sizes, widths_of
+from kvquant.engine.pieces import Encoded, EncodedOpaque, Piece
 from kvquant.engine.scales import Levels, to_bytes
 from kvquant.engine.trellis import Taps, level_indices
 from kvquant.errors import BackendContractError, QuantizationError, TransformError
@@ -32,71 +33,6 @@ CHUNK_ELEMENTS = 1 << 20
 _HALF_PRECISION_SHARE = 0.25
 
 _Part = TypeVar("_Part")
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A piece in a canonical format.
-
-    Attributes:
-        codes: uint8 ``[batch, kv_heads, tokens, packed_bytes]``.
-        scale: the grid of scales (see `grouping`), floating or in bytes (see `scales`).
-        offset: like `scale`, or None.
-        table: floating, what codes stand for, or None where they are their own numbers (affine). Of a mixed width, the
-            tables of both halves in turn.
-        taps: of the trellis, or None where there is none.
-        outliers: tokens whose states are kept, or None.
-        compact: the same piece with scales in 8 bits, and codes chosen after them; None if it was not asked for.
-        fits: bool, like `scale`: which groups lose nothing that matters in `compact`.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    table: Tensor | None
-    taps: Taps | None = None
-    outliers: Outliers | None = None
-    compact: Encoded | None = None
-    fits: Tensor | None = None
-
-    def stored(self, bits: int) -> Encoded:
-        """Return the piece as it is stored with scales of `bits` bits."""
-        if bits == 8 and self.compact is not None:
-            return self.compact
-        whole = replace(self, compact=None, fits=None)
-        if bits > 16:
-            return whole
-        offset = None if self.offset is None else self.offset.half()
-        return replace(whole, scale=self.scale.half(), offset=offset)
-
-    def run(self, blocks: slice, tokens: slice, rows: slice) -> Encoded:
-        """Return some of its blocks, which have these tokens, and these rows of the grid of scales."""
-        return Encoded(
-            codes=self.codes[:, :, tokens],
-            scale=self.scale[:, :, rows],
-            offset=None if self.offset is None else self.offset[:, :, rows],
-            table=self.table,
-            taps=self.taps,
-            outliers=None if self.outliers is None else self.outliers.blocks(blocks.start, blocks.stop),
-            compact=None if self.compact is None else self.compact.run(blocks, tokens, rows),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the piece."""
-        return self.codes.shape[2]
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedOpaque:
-    """A block in a backend's own format: one `Opaque` a batch row, so that rows can be selected without reading it."""
-
-    rows: tuple[Opaque, ...]
-    tokens: int
-    outliers: Outliers | None = None
-
-
-Piece = Encoded | EncodedOpaque
 
 
 @dataclass(frozen=True)
@@ -116,7 +52,8 @@ class Encoder:
         smooths: whether channels are smoothed before that, see `kvquant.transforms.smoothing`.
         scale_bits: bits in which scales are stored, as far as that does no harm: 8 or 16.
         kept: outlier tokens of a block, of each batch row and head, whose states are kept as they are.
-        lower: what quantises the second half of the channels, in one bit less; None where all have the same width.
+        lower: scheme and quantizer of the second half of the channels, of one bit less; None where all have the same
+            width.
     """
 
     backend: str
@@ -131,7 +68,7 @@ class Encoder:
     smooths: bool = False
     scale_bits: int = 16
     kept: int = 0
-    lower: Encoder | None = None
+    lower: tuple[Scheme, Quantizer] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Encoder:
         return self  # quantizers keep no state between calls, so copies of a cache share them
@@ -139,13 +76,13 @@ class Encoder:
     @property
     def nbits(self) -> float:
         """Bits of a code, on average over the channels."""
-        return self.scheme.nbits if self.lower is None else (self.scheme.nbits + self.lower.scheme.nbits) / 2
+        return self.scheme.nbits if self.lower is None else (self.scheme.nbits + self.lower[0].nbits) / 2
 
     def encode(self, states: Tensor, first_token: int, frame: Frame | None = None, bits: int = 0) -> Iterator[Piece]:
         """Quantise states, each token once, a bounded chunk at a time.
 
         Scales are kept in few bits until a block comes that those would harm, and in more from there on: so the layout
-        changes seldom, and depends on the tokens alone, not on how they came.
+        changes seldom, and depends on the tokens that are quantised alone, not on how they came.
 
         Args:
             states: ``[batch, kv_heads, tokens, head_dim]``; tokens a multiple of `block`.
@@ -165,7 +102,7 @@ class Encoder:
         for start, stop in self._chunks(states):
             try:
                 given = states[:, :, start:stop]
-                pieces = self._encode_chunk(frame.enter(given.to(self.dtype)), given)
+                pieces = self._encode_chunk(frame.enter(given.to(self.dtype)), given, bits)
             except (BackendContractError, TransformError):
                 raise
             except Exception as cause:
@@ -182,20 +119,29 @@ class Encoder:
         for start in range(0, tokens, step):
             yield start, min(start + step, tokens)
 
-    def _encode_chunk(self, states: Tensor, given: Tensor) -> list[tuple[Piece, int]]:
-        """Return pieces, and the bits that their scales need; `states` are what was `given`, in their frame."""
+    def _encode_chunk(self, states: Tensor, given: Tensor, bits: int) -> list[tuple[Piece, int]]:
+        """Return pieces, and the bits that their scales need.
+
+        Args:
+            states: what was `given`, in its frame.
+            given: ``[batch, kv_heads, tokens, head_dim]``.
+            bits: that scales have at least.
+        """
         if "opaque" in self.formats:
             return [(piece, 0) for piece in self._encode_opaque(states, given)]
         # A block of a large batch can exceed the budget on its own; batch rows are independent, so go through them.
         rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
         both = zip(states.split(rows_per_call), given.split(rows_per_call), strict=True)
-        parts = [self._encode_rows(*part) for part in both]
+        parts = [self._encode_rows(*part, bits) for part in both]
         return list(self._by_precision(parts[0] if len(parts) == 1 else self._join(parts)))
 
     @property
     def border(self) -> Border:
         """The checks that everything passes on its way from the backend into the core."""
-        return Border(self.backend, self.scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
+        return self._border(self.scheme)
+
+    def _border(self, scheme: Scheme) -> Border:
+        return Border(self.backend, scheme, self.formats, torch.promote_types(self.dtype, torch.float32))
 
     def _rows(self, states: Tensor) -> Tensor:
         rows = states_to_rows(states, self.scheme.axis, self.scheme.group_size)
@@ -203,11 +149,10 @@ class Encoder:
             rows = rows.clone()  # a backend that writes into its input must not reach the model's tensors
         return rows.contiguous()
 
-    def _encode_rows(self, states: Tensor, given: Tensor) -> Encoded:
-        halves = (self,) if self.lower is None else (self, self.lower)
-        parts = [
-            half._unpacked(part, self.nbits) for half, part in zip(halves, states.chunk(len(halves), 3), strict=True)
-        ]
+    def _encode_rows(self, states: Tensor, given: Tensor, bits: int) -> Encoded:
+        halves = [(self.scheme, self.quantizer), *([] if self.lower is None else [self.lower])]
+        both = zip(states.chunk(len(halves), dim=3), halves, strict=True)
+        parts = [self._unpacked(part, *half, bits) for part, half in both]
         piece, read = parts[0]
         if self.lower is not None:
             piece = self._beside(piece, parts[1][0])
@@ -219,20 +164,21 @@ class Encoder:
         compact = replace(piece.compact, codes=pack(piece.compact.codes, self.nbits), outliers=outliers)
         return replace(packed, compact=compact)
 
-    def _unpacked(self, states: Tensor, nbits: float) -> tuple[Encoded, Tensor]:
+    def _unpacked(self, states: Tensor, scheme: Scheme, quantizer: Quantizer, bits: int) -> tuple[Encoded, Tensor]:
         """Quantise channels of one width.
 
         Args:
             states: ``[batch, kv_heads, tokens, channels]``.
-            nbits: bits of a code of the whole row, whose levels offsets in bytes are relative to.
+            scheme, quantizer: of these channels.
+            bits: that scales have at least.
 
         Returns:
             A piece whose codes are ``[batch, kv_heads, tokens, channels]``; and what is read for the states, if there
             are outliers to be chosen (else nothing).
         """
         numbers = self._rows(states)
-        border = self.border
-        rows = border.rows(self.quantizer.quantize(numbers), len(numbers), states.device)
+        border = self._border(scheme)
+        rows = border.rows(quantizer.quantize(numbers), len(numbers), states.device)
         wide = border.wide_dtype
         rows = QuantizedRows(
             codes=rows.codes,
@@ -243,9 +189,10 @@ class Encoder:
         )
         piece = self._laid_out(states, rows)
         read = self._as_states(_values(rows), states) if self.kept else states.new_empty(0)
-        if self.scale_bits > 8:
+        if bits > 8:
             return piece, read
-        compact, fits = to_bytes(rows, numbers.to(wide), self.scheme.nbits, Levels.of(nbits, rows.table))
+        # Offsets in bytes are relative to the levels of the whole row, which has one kind of them.
+        compact, fits = to_bytes(rows, numbers.to(wide), scheme.nbits, Levels.of(self.nbits, rows.table))
         fitting = fits.reshape(piece.scale.shape)
         return replace(piece, compact=self._laid_out(states, compact), fits=fitting), read
 
@@ -274,7 +221,7 @@ class Encoder:
         pieces: list[Piece] = []
         for block, exact in zip(states.split(self.block, dim=2), given.split(self.block, dim=2), strict=True):
             packed = [self.border.opaque(self.quantizer.quantize(self._rows(row))) for row in block.split(1)]
-            if packed and not pieces:
+            if packed and not pieces and not self.kept:
                 # One block of a call is read back before the states that it stands for are let go.
                 self.read(packed[0], block[0].numel())
             outliers = None
@@ -364,11 +311,11 @@ class Encoder:
     def _needed_bits(self, piece: Encoded) -> list[int]:
         """Return the bits that the scales of every block need."""
         blocks, widest = piece.tokens // self.block, 8 * piece.scale.element_size()
-        needed = [16 if fits else widest for fits in _in_every(self._fits_half(piece), blocks).tolist()]
-        if piece.fits is None:
-            return needed
-        in_bytes = _in_every(piece.fits, blocks).tolist()
-        return [8 if fits else bits for fits, bits in zip(in_bytes, needed, strict=True)]
+        in_bytes = [False] * blocks if piece.fits is None else _in_every(piece.fits, blocks).tolist()
+        if all(in_bytes):
+            return [8] * blocks
+        in_half = _in_every(self._fits_half(piece), blocks).tolist()
+        return [8 if byte else 16 if half else widest for byte, half in zip(in_bytes, in_half, strict=True)]
 
     def _fits_half(self, piece: Encoded) -> Tensor:
         """Return bool like the grid of scales: whether rounding to float16 costs a small share of a step."""

@@ -10,10 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kvquant.engine.encode import EncodedOpaque, Encoder, Piece
+from kvquant.engine.encode import Encoder
 from kvquant.engine.grouping import rows_to_states
 from kvquant.engine.offload import Home
 from kvquant.engine.outliers import Outliers
+from kvquant.engine.pieces import EncodedOpaque, Piece
 from kvquant.engine.state import Saved, Stack, State
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin.quantizer import Opaque

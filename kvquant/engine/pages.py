@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kvquant.engine.border import format_of
-from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.encode import Encoder
 from kvquant.engine.grouping import grouped, grouped_grid, scale_grid_shape, ungrouped
 from kvquant.engine.offload import Home, clone, empty_like
 from kvquant.engine.outliers import Outliers
 from kvquant.engine.packing import packed_bytes, table_sizes, unpack
+from kvquant.engine.pieces import Encoded, Piece
 from kvquant.engine.scales import Levels, read_offset, read_scale
 from kvquant.engine.state import Saved, Stack, State, dtype_name
 from kvquant.engine.trellis import MOST_MEMORY, Taps, level_indices
@@ -88,7 +89,7 @@ class Page(Protocol):
 
 
 class CanonicalPage:
-    """A page in a canonical format, affine or codebook: packed codes and a grid of scales.
+    """A page in a canonical format, affine, codebook or trellis: packed codes and a grid of scales.
 
     Attributes:
         scheme: axis and group size; its bits are those of the first half of the channels where `nbits` is mixed.
@@ -97,7 +98,8 @@ class CanonicalPage:
         codes: uint8 ``[batch, kv_heads, capacity, packed_bytes]``.
         scale: the grid of scales of `capacity` tokens, as they are stored (see `scales`).
         offset: like `scale`, or None.
-        table: float32, what codes stand for, or None where they are their own numbers (affine); see `table_sizes`.
+        table: in the encoder's widest type, what codes stand for (see `table_sizes`), or None where they are their own
+            numbers (affine).
         taps: of the trellis, or None where there is none.
         outliers: tokens that have their states kept beside their codes, or None.
         length: valid tokens.

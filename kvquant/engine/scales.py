@@ -26,8 +26,6 @@ TABLE_SPAN = 4.0
 _REACH = 3.7
 #: How many times larger than the backend's a scale may be, so that its levels reach the middle.
 _STRETCH = 1.1
-#: A row that spreads over less than this part of its distance from zero is constant for every purpose.
-_CONSTANT = 1 / 1024
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def to_bytes(
     """Return rows with scales and offsets in 8 bits, and codes chosen anew for them; and which rows fit.
 
     A row whose levels lie many ranges away from zero would need a larger scale to say where; it does not fit, unless it
-    is constant for every purpose. Nor does one whose scale is too large or too small. Codes of a trellis depend on one
-    another and stay.
+    is constant, and comes back within half a percent. Nor does one whose scale is too large or too small. Codes of a
+    trellis depend on one another and stay.
 
     Args:
         rows: with scales and offsets in the type of `numbers`.
@@ -94,8 +92,7 @@ def to_bytes(
     needed = size if offset is None else torch.maximum(size, middle.abs() / (levels.span * _REACH - aside))
     stored = _nearest_byte(needed)
     taken = read_scale(stored, scale.dtype)
-    constant = size * own.span <= middle.abs() * _CONSTANT
-    fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH) | constant)
+    fits = (scale >= 0) & (needed <= LARGEST) & ((size == 0) | (taken <= size * _STRETCH))
     place = None
     if offset is not None:
         if rows.table is None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from kvquant.engine.body import Body, Staged
 from kvquant.engine.buffer import Plan, TokenBuffer
 from kvquant.engine.departed import Departed
-from kvquant.engine.encode import Encoded, Encoder, Piece
+from kvquant.engine.encode import Encoder
 from kvquant.engine.offload import Place
+from kvquant.engine.pieces import Encoded, Piece
 from kvquant.engine.window import WindowPolicy
 from kvquant.transforms.frame import Frame
 
@@ -267,6 +268,17 @@ class Store:
         """Take tokens from `position` on as the first, in an empty store; those before are never seen."""
         self.sink = self.recent.view() if position else None
         self.body.first_token = position or self.policy.sink_length
+        if not self.body.pages:
+            self.body.smoothing = None
+
+    def fit_smoothing(self, states: Tensor) -> None:
+        """Find the smoothing where it would be found if all tokens were taken, in an empty store that skips some.
+
+        Args:
+            states: ``[batch, kv_heads, tokens, head_dim]``, from the first token of the sequence on.
+        """
+        first = self.policy.sink_length
+        self.body.smoothing = self.body.smoothing_for(states[:, :, first : first + self.policy.block])
 
     def show_from(self, position: int, *, free: bool) -> None:
         """Have the first token in view be that at `position`, or the first held where that comes later.

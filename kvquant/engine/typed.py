@@ -35,7 +35,7 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def is_number(text: str) -> bool:
+def looks_like_width(text: str) -> bool:
     """Whether a text is written like a number of bits: ``4`` or ``2.5``."""
     return text.replace(".", "", 1).isdecimal()
 
@@ -46,7 +46,7 @@ def parse_width(text: str) -> float:
     Raises:
         ValueError: it is written otherwise.
     """
-    if not is_number(text.strip()):
+    if not looks_like_width(text.strip()):
         raise ValueError(text)
     number = float(text)
     return int(number) if number.is_integer() else number

@@ -15,11 +15,11 @@ from transformers.cache_utils import CacheLayerMixin
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.compat import OWN_QUANTIZED_LAYER
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig
+from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig, overridden
 from kvquant.engine.memory import layer_memory
 from kvquant.engine.options import ALIASES, rename_options
 from kvquant.engine.settings import layer_settings
-from kvquant.engine.typed import is_number, parse_value, parse_width
+from kvquant.engine.typed import looks_like_width, parse_value, parse_width
 from kvquant.errors import (
     DuplicateBackendError,
     KVQuantError,
@@ -184,9 +184,10 @@ def _kvquant(part: str, name: str, details: list[str], shared: Mapping[str, Any]
         if axes:
             chosen.update(axis_key=axes[0], axis_value=axes[0])
         own = {option: value for option, value in options.items() if ALIASES.get(option, option) not in OPTIONS}
-        chosen.update(rename_options({key: value for key, value in options.items() if key not in own}, OPTIONS))
+        written = {key: value for key, value in options.items() if key not in own}
+        chosen = overridden(chosen, rename_options(written, OPTIONS))
         if own:
-            chosen["options"] = own
+            chosen["options"] = {**chosen.get("options", {}), **own}
         config = CacheConfig.from_dict(chosen)
         layer_settings(config)  # refuse now what can be told to be impossible for every model
         width = [] if preset else [str(config.nbits)]
@@ -237,7 +238,7 @@ def _read(part: str, details: Iterable[str]) -> tuple[list[float], list[str], di
 
 
 def _is_detail(text: str) -> bool:
-    return is_number(text) or text in AXES or text.find("=") > 0
+    return looks_like_width(text) or text in AXES or text.find("=") > 0
 
 
 def _written(value: Any) -> str:

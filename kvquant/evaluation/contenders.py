@@ -15,7 +15,7 @@ from transformers.cache_utils import QuantizedLayer as TransformersQuantizedLaye
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.engine.typed import is_number, parse_width
+from kvquant.engine.typed import looks_like_width, parse_width
 from kvquant.errors import OptionValueError, UnknownOptionError, UnsupportedError
 from kvquant.evaluation.measure import held_bytes
 
@@ -83,7 +83,7 @@ class Contender:
             raise UnknownOptionError("transformers backend", backend, _TRANSFORMERS_NBITS)
         widths = {"transformers": _TRANSFORMERS_NBITS.get(backend, ()), "turboquant": _TURBOQUANT_NBITS}.get(kind, ())
         nbits = rest[1] if len(rest) > 1 else str(DEFAULT_NBITS if DEFAULT_NBITS in widths or not widths else widths[0])
-        if not is_number(nbits):
+        if not looks_like_width(nbits):
             raise OptionValueError("caches", text, f"a number of bits at the end: {_SYNTAX}")
         if widths and parse_width(nbits) not in widths:
             raise OptionValueError("caches", text, f"nbits from {', '.join(map(str, widths))} for {backend or kind}")

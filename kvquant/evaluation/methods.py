@@ -11,7 +11,7 @@ import torch
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.settings import check_device, why_not
-from kvquant.engine.typed import is_number, parse_value, parse_width
+from kvquant.engine.typed import looks_like_width, parse_value, parse_width
 from kvquant.errors import DuplicateBackendError, OptionValueError, UnknownBackendError, UnsupportedError, listing
 from kvquant.plugin.capabilities import AXES
 from kvquant.plugin.spec import Scheme
@@ -214,4 +214,4 @@ def _exists(name: str) -> bool:
 
 
 def _is_detail(text: str) -> bool:
-    return is_number(text) or text in AXES or text.find("=") > 0
+    return looks_like_width(text) or text in AXES or text.find("=") > 0

@@ -18,7 +18,7 @@ from kvquant.engine.memory import LayerMemory
 from kvquant.engine.options import is_int, layers_text
 from kvquant.engine.packing import WIDTHS
 from kvquant.engine.settings import check_device
-from kvquant.engine.typed import is_number
+from kvquant.engine.typed import looks_like_width
 from kvquant.errors import OptionValueError, UnsupportedError
 from kvquant.evaluation.candidates import FULL, Candidate, parse_candidates, split_candidates
 from kvquant.evaluation.planning.model import ModelShape
@@ -170,7 +170,7 @@ def planned_candidates(
 def _says_bits(part: str) -> bool:
     """Whether a cache is written with its bits, or is one that has its own."""
     name, *details = (detail.strip() for detail in part.split(":"))
-    return name in (FULL, *PRESETS) or any(is_number(detail) for detail in details)
+    return name in (FULL, *PRESETS) or any(looks_like_width(detail) for detail in details)
 
 
 def _all_widths(part: str, shared: Mapping[str, Any] | None) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvquant.engine.encode import Encoded, EncodedOpaque, Encoder
+from kvquant.engine.encode import Encoder
 from kvquant.engine.memory import layer_memory
 from kvquant.engine.outliers import kept_bytes
+from kvquant.engine.pieces import Encoded, EncodedOpaque
 from kvquant.evaluation.planning.occupancy import Occupancy
 
 #: Blocks that are quantised to see how.

@@ -54,8 +54,9 @@ SPLITS = st.lists(st.one_of(st.integers(1, 12), st.integers(0, 300)), min_size=1
 @settings(max_examples=25, deadline=None)
 def test_what_is_in_view_is_what_a_layer_that_forgets_nothing_holds(lengths, kind, sink, window):
     """However the tokens come: blocks begin at the same tokens, and each is quantised as it would have been."""
-    sliding = make(window, backend=f"test-{kind}", sink_length=sink, outlier_share=0.1)
-    whole = QuantizedLayer(config(f"test-{kind}", sink_length=sink, outlier_share=0.1), 0)
+    options = {"sink_length": sink, "outlier_share": 0.1, "smoothing_key": True, "smoothing_value": True}
+    sliding = make(window, backend=f"test-{kind}", **options)
+    whole = QuantizedLayer(config(f"test-{kind}", **options), 0)
     theirs = DynamicSlidingWindowLayer(window)
     for pair in pairs(lengths):
         sizes = sliding.get_mask_sizes(pair[0].shape[2])

@@ -171,6 +171,14 @@ def test_every_preset_is_a_config(preset):
     assert CacheConfig.from_preset(preset, residual_length=7).residual_length == 7
 
 
+def test_what_is_said_of_both_streams_beats_what_a_preset_says_of_one():
+    """And another backend has none of the preset's own options."""
+    small = CacheConfig.from_preset("small", nbits=4)
+    assert (small.nbits, small.nbits_key, small.nbits_value) == (4, None, None)
+    assert CacheConfig.from_preset("small", backend="lloydmax").options == {}
+    assert CacheConfig.from_preset("small", nbits_value=1).nbits_key == 3
+
+
 def test_transformers_name_for_the_group_size_is_accepted():
     """`q_group_size` means `group_size`, in a layer's options too."""
     config = CacheConfig.from_dict({"q_group_size": 32, "layers": {1: {"q_group_size": 16}}})

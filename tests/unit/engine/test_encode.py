@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvquant.engine.encode import CHUNK_ELEMENTS, Encoded, Encoder
+from kvquant.engine.encode import CHUNK_ELEMENTS, Encoder
 from kvquant.engine.offload import Home
 from kvquant.engine.packing import unpack
 from kvquant.engine.pages import CanonicalPage
+from kvquant.engine.pieces import Encoded
 from kvquant.errors import BackendContractError, QuantizationError
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
 from tests.support import MinMax, OpaqueMinMax, UniformCodebook
@@ -258,7 +259,7 @@ def mixed(upper, lower, axis="token", formats=("codebook",)):
     first, second = (
         encoder(quantizer, Scheme(nbits, axis, 16), formats=formats) for quantizer, nbits in ((upper, 3), (lower, 2))
     )
-    return replace(first, lower=second)
+    return replace(first, lower=(second.scheme, second.quantizer))
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
@@ -285,7 +286,7 @@ def test_scales_in_bytes_cost_no_half_much(axis, quantizer):
     encoded = mixed(quantizer, quantizer, axis, ("affine", "codebook"))
 
     def errors(**options):
-        halves = replace(encoded, lower=replace(encoded.lower, **options), **options)
+        halves = replace(encoded, **options)
         (piece,) = halves.encode(states, 0)
         page = CanonicalPage(halves, piece, 64, 64, Home(states.device))
         page.write(piece, 0, 0)
@@ -301,8 +302,7 @@ def test_outliers_are_chosen_by_the_errors_of_both_halves(quantizer):
     states = torch.randn(1, 1, 32, 64)
     states[0, 0, 5, :32] *= 30
     states[0, 0, 20, 32:] *= 30
-    encoded = mixed(quantizer, quantizer, "token", ("affine", "codebook"))
-    encoded = replace(encoded, kept=2, lower=replace(encoded.lower, kept=2))
+    encoded = replace(mixed(quantizer, quantizer, "token", ("affine", "codebook")), kept=2)
     (piece,) = encoded.encode(states, 0)
     assert piece.outliers.positions.flatten().tolist() == [5, 20]
     assert torch.equal(piece.outliers.states[0, 0, 0], states[0, 0, [5, 20]])

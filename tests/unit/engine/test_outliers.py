@@ -25,12 +25,11 @@ def test_a_share_is_rounded_to_whole_tokens_of_a_block(share, block, kept):
 
 def test_the_worst_of_each_block_are_chosen_for_each_head():
     """By squared error, and the earlier of two that are alike."""
-    states = torch.zeros(1, 2, 8, 3)
-    read = states.clone()
-    read[0, 0, 1, 0], read[0, 0, 2, :2] = 2.0, -1.5  # 4.0 and 4.5
-    read[0, 0, 5], read[0, 0, 7] = 1.0, -1.0
-    read[0, 1, 3], read[0, 1, 6] = 0.1, 0.2
-    chosen = Outliers.chosen(states, read, block=4, kept=1)
+    errors = torch.zeros(1, 2, 8, 3)
+    errors[0, 0, 1, 0], errors[0, 0, 2, :2] = 2.0, -1.5  # 4.0 and 4.5
+    errors[0, 0, 5], errors[0, 0, 7] = 1.0, -1.0
+    errors[0, 1, 3], errors[0, 1, 6] = 0.1, 0.2
+    chosen = Outliers.chosen(torch.zeros_like(errors), errors, block=4, kept=1)
     assert chosen.positions.tolist() == [[[[2], [1]], [[3], [2]]]]
     assert chosen.positions.dtype == torch.int32
 
@@ -42,12 +41,12 @@ def test_the_choice_is_that_of_each_block_alone(tokens, block, channels, seed):
     """To the last bit, whatever comes in the same call; errors are small integers, so that many are alike."""
     random = torch.Generator().manual_seed(seed)
     states = torch.randn(2, 2, tokens * block, channels, generator=random)
-    read = states + torch.randint(-1, 2, states.shape, generator=random)
+    errors = torch.randint(-1, 2, states.shape, generator=random).float()
     kept = kept_tokens(0.3, block)
-    whole = Outliers.chosen(states, read, block, kept)
+    whole = Outliers.chosen(states, errors, block, kept)
     for at in range(tokens):
         part = slice(at * block, (at + 1) * block)
-        alone = Outliers.chosen(states[:, :, part], read[:, :, part], block, kept)
+        alone = Outliers.chosen(states[:, :, part], errors[:, :, part], block, kept)
         assert torch.equal(alone.positions, whole.positions[:, :, at : at + 1])
         assert torch.equal(alone.states, whole.states[:, :, at : at + 1])
 

@@ -85,7 +85,7 @@ def test_little_is_lost(kind: type[MinMax], nbits: int) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 1])
-@pytest.mark.parametrize("value", [0.0, 3.3, -30000.0, 1e-7, 4000.0])
+@pytest.mark.parametrize("value", [0.0, 3.3, -30000.0, 4000.0])
 def test_a_constant_row_fits_and_comes_back_within_half_a_percent(value: float, more: int) -> None:
     """Padding makes such rows; they must not cost all later tokens their bytes."""
     rows = torch.full((1, 8), value).double()
@@ -100,8 +100,8 @@ def test_a_constant_row_fits_and_comes_back_within_half_a_percent(value: float, 
 
 @pytest.mark.parametrize(
     "rows",
-    [torch.randn(1, 32) + 1000, torch.randn(1, 32) * 1e5, torch.randn(1, 32) * 1e-7],
-    ids=["far from zero", "large", "small"],
+    [torch.randn(1, 32) + 1000, torch.randn(1, 32) * 6e-4 + 20, torch.randn(1, 32) * 1e5, torch.randn(1, 32) * 1e-7],
+    ids=["far from zero", "nearly constant", "large", "small"],
 )
 def test_rows_that_bytes_would_harm_do_not_fit(rows: torch.Tensor) -> None:
     """Nothing is lost silently."""

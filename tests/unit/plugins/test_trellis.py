@@ -63,7 +63,7 @@ def test_rows_far_from_zero_need_an_offset() -> None:
     assert without > 10 * with_offset
 
 
-@pytest.mark.parametrize(("option", "value"), [("states", 5), ("states", "8"), ("offset", "no")])
+@pytest.mark.parametrize(("option", "value"), [("states", 5), ("states", "8"), ("states", 8.0), ("offset", "no")])
 def test_other_values_are_refused(option: str, value: object) -> None:
     """By name, with what would work."""
     with pytest.raises(ValueError, match=f"{option}={value!r} cannot work: expected"):
