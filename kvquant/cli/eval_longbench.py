@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvquant.cli.eval_options import (
     results_only,
     run_options,
 )
+from kvquant.cli.eval_run import deliver
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -97,7 +97,7 @@ def longbench(
     the same: few questions hardly move a score. Intervals are for 95 %, from questions drawn again.
     """
     from kvquant.cli.console import progress_bar
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import longbench as figure
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
@@ -118,13 +118,16 @@ def longbench(
         ):
             report = measure_longbench(asker, questions, options, journal, progress)
         machine = describe_machine(subject["device"])
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
-    else:
-        _show(report, loaded, machine, [*left_out, *([_SAMPLE_NOTE] if sample else [])])
+    notes = [*left_out, *([_SAMPLE_NOTE] if sample else [])]
+    deliver(
+        report,
+        machine,
+        loaded.title,
+        draw=figure.draw,
+        show=lambda: _show(report, loaded, machine, notes),
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 _SAMPLE_NOTE = "The questions are the shipped sample, which tries the command: its scores say nothing about LongBench."

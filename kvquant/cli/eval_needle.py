@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,9 @@ from kvquant.cli.eval_options import (
     interruptible,
     model,
     model_options,
-    read_text,
-    results_only,
     run_options,
 )
+from kvquant.cli.eval_run import deliver, run_on_text, text_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,11 +27,7 @@ if TYPE_CHECKING:
 
 @click.command("needle")
 @model_options
-@click.option(
-    "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text in UTF-8 that is the haystack [default: the held-out text of the shipped model].",
-)
+@text_option("is the haystack")
 @click.option(
     "--contexts",
     default="512,1k,2k",
@@ -88,36 +82,35 @@ def needle(as_json: bool, text: Path | None, plot: Path | None, output: Path | N
     log-likelihood of the answer, and over its tokens the KL divergence to what the model expects with full precision
     and the share whose first choice is the same. Intervals are for 95 %.
     """
-    from kvquant.cli.console import progress_bar
-    from kvquant.demo import HELDOUT_FILE
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation import needle as evaluation
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import needle as figure
-    from kvquant.evaluation.journal import Journal
-    from kvquant.evaluation.loading import load_model
-    from kvquant.evaluation.measure import describe_machine, steady
-    from kvquant.evaluation.needle import measure_needle, plan, run_settings, work
 
     check_plot(plot)
     caches, left_out = candidates(chosen)
     subject, threads = model(chosen), chosen.pop("threads")
     options = _options(caches, chosen)
-    with results_only(), steady(threads):
-        loaded = load_model(**subject)
-        tokens = loaded.encode(read_text("text", text or HELDOUT_FILE))
-        questions = plan(loaded, tokens, options)
-        with (
-            Journal(output, run_settings(loaded, tokens, options)) as journal,
-            progress_bar("Asking", work(questions, options), quiet=as_json) as progress,
-        ):
-            report = measure_needle(loaded, questions, options, journal, progress)
-        machine = describe_machine(subject["device"])
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
-    else:
-        _show(report, loaded, machine, left_out)
+
+    report, loaded, machine = run_on_text(
+        evaluation,
+        lambda loaded, _, questions, *record: evaluation.measure_needle(loaded, questions, options, *record),
+        options,
+        subject,
+        threads=threads,
+        text=text,
+        output=output,
+        doing="Asking",
+        quiet=as_json,
+    )
+    deliver(
+        report,
+        machine,
+        loaded.title,
+        draw=figure.draw,
+        show=lambda: _show(report, loaded, machine, left_out),
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 def _options(caches: Any, chosen: dict[str, Any]) -> NeedleOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,9 @@ from kvquant.cli.eval_options import (
     interruptible,
     model,
     model_options,
-    read_text,
-    results_only,
     run_options,
 )
+from kvquant.cli.eval_run import deliver, run_on_text, text_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,11 +27,7 @@ if TYPE_CHECKING:
 
 @click.command("perplexity")
 @model_options
-@click.option(
-    "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text in UTF-8 that the model has not been trained on [default: the held-out text of the shipped model].",
-)
+@text_option("the model has not been trained on")
 @click.option("--contexts", default="512,1024,2048", show_default=True, help="Tokens of a window, such as 512,4k.")
 @click.option(
     "--prefill",
@@ -66,36 +60,35 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     and the share of positions where its first choice is the same: on a small model perplexity hardly moves, and these
     tell caches apart. Intervals are for 95 %, from windows drawn again.
     """
-    from kvquant.cli.console import progress_bar
-    from kvquant.demo import HELDOUT_FILE
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation import perplexity as evaluation
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import perplexity as figure
-    from kvquant.evaluation.journal import Journal
-    from kvquant.evaluation.loading import load_model
-    from kvquant.evaluation.measure import describe_machine, steady
-    from kvquant.evaluation.perplexity import measure_perplexity, plan, run_settings, work
 
     check_plot(plot)
     caches, left_out = candidates(chosen)
     subject, threads = model(chosen), chosen.pop("threads")
     options = _options(caches, chosen)
-    with results_only(), steady(threads):
-        loaded = load_model(**subject)
-        tokens = loaded.encode(read_text("text", text or HELDOUT_FILE))
-        total = work(plan(loaded, tokens, options), options)
-        with (
-            Journal(output, run_settings(loaded, tokens, options)) as journal,
-            progress_bar("Measuring", total, quiet=as_json) as progress,
-        ):
-            report = measure_perplexity(loaded, tokens, options, journal, progress)
-        machine = describe_machine(subject["device"])
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
-    else:
-        _show(report, loaded, machine, left_out)
+
+    report, loaded, machine = run_on_text(
+        evaluation,
+        lambda loaded, tokens, _, *record: evaluation.measure_perplexity(loaded, tokens, options, *record),
+        options,
+        subject,
+        threads=threads,
+        text=text,
+        output=output,
+        doing="Measuring",
+        quiet=as_json,
+    )
+    deliver(
+        report,
+        machine,
+        loaded.title,
+        draw=figure.draw,
+        show=lambda: _show(report, loaded, machine, left_out),
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 def _options(caches: Any, chosen: dict[str, Any]) -> PerplexityOptions:
