@@ -63,10 +63,10 @@ class Check:
     def __call__(self, subject: Tried) -> Outcome:
         """Run the check for all of its cases and return what came of it."""
         start = time.perf_counter()
-        cases = [None] if self.per in ("backend", "transform") else subject.cases(self.per)
-        if not cases:
-            why = "every combination failed an earlier check" if subject.devices else "no declared device is here"
-            return Outcome(self.name, self.title, "not applicable", why, 0, 0.0)
+        try:
+            cases = [None] if self.per in ("backend", "transform") else some_cases(subject, self.per)
+        except NotApplicable as nothing:
+            return Outcome(self.name, self.title, "not applicable", str(nothing), 0, 0.0)
         failures: list[tuple[object, str]] = []
         beside: list[str] = []
         apply = 0
@@ -139,6 +139,19 @@ def run_checks(
         elif check.basic:
             check(subject)
     return tuple(outcomes)
+
+
+def some_cases(subject: Tried, per: str) -> Sequence[Any]:
+    """Return the cases to try, of which there are some.
+
+    Raises:
+        NotApplicable: there are none; the text says why.
+    """
+    cases = subject.cases(per)
+    if not cases:
+        why = "every combination failed an earlier check" if subject.devices else "no declared device is here"
+        raise NotApplicable(why)
+    return cases
 
 
 def require(truth: object, reason: str) -> None:

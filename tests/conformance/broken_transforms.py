@@ -204,6 +204,22 @@ class Seeds(Sound):
         torch.manual_seed(0)
 
 
+class SeedsWithOne(Sound):
+    """Seeds them with what looks as though nobody had."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim)
+        torch.manual_seed(1)
+
+
+class SilencesWhenMade(Sound):
+    """Switches warnings off as soon as it is made."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim)
+        warnings.simplefilter("ignore")
+
+
 class Silences(Sound):
     """Switches warnings off for the whole process."""
 
@@ -301,6 +317,8 @@ TRANSFORM_BUGS = (
     TransformBug(ReusedBuffer, "deterministic", "writes into what it returned before", EVERY_USE),
     TransformBug(Learns, "deterministic", "gives another result", EVERY_USE),
     TransformBug(Seeds, "surroundings", "it draws from, or seeds, the random numbers of the whole process"),
+    TransformBug(SeedsWithOne, "surroundings", "use a torch.Generator of its own"),
+    TransformBug(SilencesWhenMade, "surroundings", "it changes the warnings filters"),
     TransformBug(Silences, "surroundings", "it changes the warnings filters"),
     TransformBug(InPlace, "input", "apply modifies what it was given", EVERY_USE),
     TransformBug(QueryInPlace, "input", "apply_to_query modifies what it was given", EVERY_USE),

@@ -10,6 +10,7 @@ from kvquant.errors import TransformSpecError, UnknownOptionError, UnknownTransf
 from kvquant.plugin import TransformSpec
 from kvquant.testing import CheckFailed, check_transform, parametrize_transform_checks
 from kvquant.testing.transforms.checks import CHECKS
+from kvquant.testing.transforms.runner import make_transform_subject
 from tests.conformance.broken_transforms import TRANSFORM_BUGS, Sound, TransformBug
 from tests.plugins.on_path import plugins_on_path
 
@@ -65,6 +66,15 @@ def test_the_sound_one_passes() -> None:
     report.raise_for_failures()
     skipped = {outcome.check for outcome in report.outcomes if outcome.status == "not applicable"}
     assert skipped == {"listing", "processes"}
+
+
+def test_where_nothing_is_left_to_try_another_process_is_not_asked() -> None:
+    """And nothing passes that was not looked at."""
+    subject = make_transform_subject("hadamard")
+    subject.leave_out(subject.cases("usual"))
+    (check,) = (check for check in CHECKS if check.name == "processes")
+    outcome = check(subject)
+    assert (outcome.status, outcome.reason) == ("not applicable", "every combination failed an earlier check")
 
 
 def test_all_reasons_are_raised_at_once() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from kvquant.testing import data
 from kvquant.testing.check import check, require, require_same
 from kvquant.testing.outcomes import NotApplicable
 from kvquant.testing.subject import Case, Subject, has_device, known_name
-from kvquant.testing.surroundings import surroundings_now
+from kvquant.testing.surroundings import disturbance
 
 #: No values of any sensible option.
 _NONSENSE = ("no-such-value-of-this-option", [["no such value"]])
@@ -195,20 +194,9 @@ def _refuses(case: Case, option: str, value: object) -> bool:
 def surroundings(case: Case) -> None:
     """It leaves torch, Python's warnings and everybody's random numbers as they were."""
     rows = case.rows(data.spread(16, case.scheme.group_size))
-    deterministic = case.backend.capabilities.deterministic
-    ends = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        before, chances = surroundings_now(), (torch.get_rng_state(), random.getstate())
-        case.quantize(rows).read()
-        changed = [name for name, value in surroundings_now().items() if value != before[name]]
-        require(not changed, f"it changes {', '.join(changed)}")
-        same = torch.equal(chances[0], torch.get_rng_state()) and chances[1] == random.getstate()
-        require(same or not deterministic, "it draws from, or seeds, the random numbers of the whole process")
-        ends.append(torch.get_rng_state())
-    reset = not deterministic and torch.equal(*ends)
-    require(not reset, "it seeds the random numbers of the whole process: use a torch.Generator of its own")
+    by_chance = not case.backend.capabilities.deterministic
+    found = disturbance(lambda: case.quantize(rows).read(), may_draw=by_chance)
+    require(not found, found)
 
 
 @check("unshared", "width")

@@ -7,7 +7,7 @@ from typing import Any
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry.discovery import normalise_distribution
 from kvquant.registry.found import IN_PROCESS
-from kvquant.testing.check import check, require
+from kvquant.testing.check import check, require, some_cases
 from kvquant.testing.installed import dependencies, modules_beside, modules_of
 from kvquant.testing.outcomes import NotApplicable
 from kvquant.testing.probe import probe
@@ -83,10 +83,7 @@ def _required(spec: BackendSpec) -> set[str]:
 
 
 def _task(subject: Subject) -> dict[str, Any]:
-    cases = subject.cases("width")
-    if not cases:
-        raise NotApplicable("no declared device is here")
-    case = cases[0]
+    case = some_cases(subject, "width")[0]
     scheme = case.scheme
     return {
         "name": subject.backend.qualified_name,
