@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvquant.engine.packing import table_sizes
-from kvquant.engine.trellis import MOST_MEMORY, TRELLIS_WIDTHS
+from kvquant.engine.trellis import MOST_MEMORY
 from kvquant.errors import BackendContractError, listing
+from kvquant.plugin.capabilities import TRELLIS_WIDTHS
 from kvquant.plugin.quantizer import Opaque, QuantizedRows
 from kvquant.plugin.spec import Scheme
 
@@ -79,7 +80,7 @@ class Border:
         if result.table is None:
             raise self._broken("QuantizedRows needs a table with its taps")
         if self.scheme.nbits not in TRELLIS_WIDTHS:
-            widths = listing(map(str, TRELLIS_WIDTHS))
+            widths = listing(TRELLIS_WIDTHS)
             raise self._broken(f"a trellis has codes of {widths} bits, and nbits={self.scheme.nbits}")
 
     def require_finite(self, rows: QuantizedRows) -> None:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 #: Bits of the register that a code may look back at; more would be searched for too long.
 MOST_MEMORY = 8
-#: Widths of codes that are read; their levels are chosen with one bit more.
-TRELLIS_WIDTHS = (1, 2, 3)
 
 
 class Taps(NamedTuple):

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 AXES = ("channel", "token")
 FORMATS = ("affine", "codebook", "trellis", "opaque")
+#: Widths of codes of the format ``"trellis"``; its levels are chosen with one bit more.
+TRELLIS_WIDTHS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Capabilities:
     """What a backend can do.
 
     Attributes:
-        nbits: code widths, each of 1, 2, 3, 4, 8.
+        nbits: code widths, each of 1, 2, 3, 4, 8; where ``"trellis"`` is the only format, of 1, 2, 3.
         axes: of ``"channel"``, ``"token"``.
         group_sizes: group sizes that work, or None for any.
         devices: torch device types, e.g. ``("cpu", "cuda")``.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvquant.errors import listing
-from kvquant.plugin.capabilities import AXES, FORMATS, Capabilities
+from kvquant.plugin.capabilities import AXES, FORMATS, TRELLIS_WIDTHS, Capabilities
 from kvquant.plugin.spec import BackendSpec, Requirement
 from kvquant.plugin.transform import TransformSpec
 
@@ -100,6 +100,11 @@ def _capability_problems(capabilities: Any) -> list[str]:
     if not problems[2] and "opaque" in capabilities.formats and len(capabilities.formats) > 1:
         # Whether a block can be read without the plugin must be known before it is written.
         problems.append(f"formats={capabilities.formats!r}: 'opaque' stands alone")
+    if not problems[0] and not problems[2] and set(capabilities.formats) == {"trellis"}:
+        too_wide = [nbits for nbits in capabilities.nbits if nbits not in TRELLIS_WIDTHS]
+        if too_wide:
+            widths = listing(TRELLIS_WIDTHS)
+            problems.append(f"nbits={capabilities.nbits!r}: codes of the format 'trellis' have one of {widths} bits")
     if not isinstance(capabilities.deterministic, bool):
         problems.append(f"deterministic={capabilities.deterministic!r} must be True or False")
     return [problem for problem in problems if problem]

@@ -74,7 +74,7 @@ class Broken:
 )
 def test_a_wrong_trellis_is_caught_at_the_border(backend, answer: dict[str, object], problem: str) -> None:
     """Before anything is stored."""
-    name = backend(type("Mine", (Broken,), {"answer": answer}), formats=("trellis",))
+    name = backend(type("Mine", (Broken,), {"answer": answer}), nbits=(1, 2, 3), formats=("trellis",))
     layer = QuantizedLayer(CacheConfig(backend=name, nbits=2, group_size=8, residual_length=0), 0)
     with pytest.raises(BackendContractError, match=problem):
         layer.update(torch.randn(1, 1, 32, 8), torch.randn(1, 1, 32, 8))
@@ -83,7 +83,7 @@ def test_a_wrong_trellis_is_caught_at_the_border(backend, answer: dict[str, obje
 
 def test_a_trellis_has_codes_of_at_most_three_bits(backend) -> None:
     """A fourth would need a table of 32 entries."""
-    name = backend(type("Mine", (Broken,), {"answer": {}}), formats=("trellis",))
+    name = backend(type("Mine", (Broken,), {"answer": {}}), formats=("affine", "trellis"))
     layer = QuantizedLayer(CacheConfig(backend=name, nbits=4, group_size=8, residual_length=0), 0)
     with pytest.raises(BackendContractError, match="a trellis has codes of 1, 2, 3 bits, and nbits=4"):
         layer.update(torch.randn(1, 1, 32, 8), torch.randn(1, 1, 32, 8))
