@@ -9,6 +9,7 @@ plugin that fails the check for misspelt hooks has to be taken out again before 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 
@@ -63,12 +64,13 @@ def _load(plugin: InstalledPlugin, kind: Kind[S]) -> S | Problem:
     return spec
 
 
-def declared(plugin: object, kind: Kind[S]) -> list[S]:
+def declared(plugin: object, kind: Kind[S], wanted: Sequence[str] = ()) -> list[S]:
     """Call the hook of a module or object.
 
     Args:
         plugin: anything with the hook.
         kind: whose hook.
+        wanted: hooks any of which would have done, for the message where there is none; without it, that of `kind`.
 
     Returns:
         What the hook returned, each of them a declaration in type, and nothing more is known of it.
@@ -86,8 +88,9 @@ def declared(plugin: object, kind: Kind[S]) -> list[S]:
         raise DeclarationError(_validation_problem(error, manager, hook)) from error
     caller = getattr(manager.hook, hook)
     if not caller.get_hookimpls():
-        reason = "lacks the decorator @kvquant.plugin.hookimpl" if hasattr(plugin, hook) else "is not there"
-        raise DeclarationError(f"its hook {hook} {reason}")
+        if hasattr(plugin, hook):
+            raise DeclarationError(f"its hook {hook} lacks the decorator @kvquant.plugin.hookimpl")
+        raise DeclarationError(f"its hook {' or '.join(wanted or [hook])} is not there")
     results = caller()
     specs = results[0] if results else None
     if not isinstance(specs, (list, tuple)):
@@ -118,7 +121,7 @@ def _validation_problem(error: pluggy.PluginValidationError, manager: pluggy.Plu
     """Say in a line what pluggy says in several."""
     unknown = [name for name in vars(manager.hook) if not name.startswith("_") and name not in HOOKS]
     if unknown:
-        return f"it has a hook {', '.join(unknown)}, which kvquant does not know (it knows {', '.join(HOOKS)})"
+        return f"it has a hook {listing(unknown)}, which kvquant does not know (it knows {listing(HOOKS)})"
     lines = str(error).strip().splitlines()
     named = [name for name in HOOKS if f"'{name}'" in lines[0]]
     return f"its hook {named[0] if named else hook} does not fit: {one_line(lines[-1])}"

@@ -8,7 +8,7 @@ from kvquant.errors import OptionValueError
 from kvquant.plugin.spec import BackendSpec
 from kvquant.plugin.transform import TransformSpec
 from kvquant.registry.backend import Backend
-from kvquant.registry.kinds import BACKEND, TRANSFORM
+from kvquant.registry.kinds import BACKEND, HOOKS, TRANSFORM
 from kvquant.registry.resolve import Registry
 from kvquant.registry.transform import TransformPlugin
 
@@ -129,10 +129,15 @@ def register(plugin: object, *, replace: bool = False) -> None:
     backends = [plugin] if isinstance(plugin, BackendSpec) else []
     transforms = [plugin] if isinstance(plugin, TransformSpec) else []
     if not backends and not transforms:
-        if hasattr(plugin, TRANSFORM.hook):
-            transforms = TRANSFORMS.declared(plugin)
-        if hasattr(plugin, BACKEND.hook) or not transforms:
-            backends = BACKENDS.declared(plugin)
+        brings_backends, brings_transforms = (hasattr(plugin, hook) for hook in HOOKS)
+        if brings_transforms:
+            transforms = TRANSFORMS.declared(plugin, HOOKS)
+        if brings_backends or not brings_transforms:
+            backends = BACKENDS.declared(plugin, HOOKS)
+        if not backends and not transforms:
+            asked = BACKENDS if brings_backends else TRANSFORMS
+            besides = f" and no {TRANSFORM.name}" if brings_backends and brings_transforms else ""
+            raise asked.refused(plugin, f"it declares no {asked.kind.name}{besides}")
     # All or none.
     BACKENDS.check_all(backends, replace=replace)
     TRANSFORMS.check_all(transforms, replace=replace)
@@ -140,22 +145,26 @@ def register(plugin: object, *, replace: bool = False) -> None:
     TRANSFORMS.add(transforms)
 
 
-def unregister(name: str, *, kind: Literal["backend", "transform"] = "backend") -> None:
+def unregister(name: str, *, kind: Literal["backend", "transform"] | None = None) -> None:
     """Forget a backend or transform that was registered in this process; an installed one of that name comes back.
 
     Caches that use it keep working.
 
     Args:
         name: its name, in any case.
-        kind: whether it is a backend or a transform, which may have the same name.
+        kind: whether it is a backend or a transform; None for whichever has the name, and the backend where both have.
 
     Raises:
         BackendNotRegisteredError, TransformNotRegisteredError: it was not registered.
         OptionValueError: there is no such kind.
     """
-    if kind not in (BACKEND.name, TRANSFORM.name):
+    if kind not in (BACKEND.name, TRANSFORM.name, None):
         raise OptionValueError("kind", kind, f"'{BACKEND.name}' or '{TRANSFORM.name}'")
-    (BACKENDS if kind == BACKEND.name else TRANSFORMS).unregister(name)
+    if kind is None and not BACKENDS.is_registered(name) and not TRANSFORMS.is_registered(name):
+        known = sorted({*BACKENDS.registered(), *TRANSFORMS.registered()})
+        raise BACKEND.errors.not_registered(name, known)
+    is_backend = BACKENDS.is_registered(name) if kind is None else kind == BACKEND.name
+    (BACKENDS if is_backend else TRANSFORMS).unregister(name)
 
 
 def refresh() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from kvquant.errors import OptionValueError
+from kvquant.errors.plugins import PluginSpecError
 from kvquant.plugin.hookspecs import API_VERSION
 from kvquant.registry.availability import Availability, Problem
 from kvquant.registry.discovery import InstalledPlugin, installed_plugins, normalise_distribution
@@ -15,35 +17,17 @@ from kvquant.registry.kinds import Kind, S
 from kvquant.registry.loader import DeclarationError, declared, is_foreign, load
 
 P = TypeVar("P", bound=Found[Any])
-P_co = TypeVar("P_co", bound=Found[Any], covariant=True)
-
-
-class _Make(Protocol[P_co]):
-    """Makes what users get of one kind; takes the fields of `Found`."""
-
-    def __call__(
-        self,
-        name: str,
-        distribution: str,
-        version: str,
-        availability: Availability,
-        spec: Any,
-        _problem: Problem | None = None,
-        /,
-    ) -> P_co:
-        """Make it."""
-        ...  # an interface
 
 
 class Registry(Generic[S, P]):
     """All plugins of one kind, installed or registered in this process."""
 
-    def __init__(self, kind: Kind[S], make: _Make[P]) -> None:
+    def __init__(self, kind: Kind[S], make: type[P]) -> None:
         """Begin with those that are installed.
 
         Args:
             kind: the kind.
-            make: makes what users get.
+            make: the type of what users get.
         """
         self.kind, self._make = kind, make
         self._registered: dict[str, S] = {}
@@ -73,7 +57,7 @@ class Registry(Generic[S, P]):
             UnknownPluginError, DuplicatePluginError, OptionValueError: there is none, or several, or it is no name.
         """
         distribution, plain = self._parts(name)
-        if plain in self._registered and distribution in ("", IN_PROCESS):
+        if self.is_registered(name):
             return self._in_process(self._registered[plain])
         named = self._named(distribution, plain)
         if not named:
@@ -89,9 +73,7 @@ class Registry(Generic[S, P]):
         Raises:
             UnknownPluginError, OptionValueError: there is none, or `name` is not a string.
         """
-        distribution, plain = self._parts(name)
-        registered = plain in self._registered and distribution in ("", IN_PROCESS)
-        if not registered and not self._named(distribution, plain):
+        if not self.is_registered(name) and not self._named(*self._parts(name)):
             raise self._unknown(name)
 
     def all(self) -> list[P]:
@@ -145,20 +127,33 @@ class Registry(Generic[S, P]):
         if problems:
             raise self.kind.errors.spec(f"{self.kind.name} {spec.name!r}", problems)
 
-    def declared(self, plugin: object) -> list[S]:
-        """Return what the hook of a module or object declares, one at least.
+    def declared(self, plugin: object, wanted: Sequence[str]) -> list[S]:
+        """Return what the hook of a module or object declares, which may be nothing.
+
+        Args:
+            plugin: anything with the hook.
+            wanted: hooks any of which would have done, for the message.
 
         Raises:
-            PluginSpecError: it has no such hook, or one that declares nothing.
+            PluginSpecError: it has no such hook, or one that returns something else.
         """
-        subject = f"{type(plugin).__name__} object"
         try:
-            specs = declared(plugin, self.kind)
+            return declared(plugin, self.kind, wanted)
         except DeclarationError as error:
-            raise self.kind.errors.spec(subject, [str(error)]) from error
-        if not specs:
-            raise self.kind.errors.spec(subject, [f"it declares no {self.kind.name}"])
-        return specs
+            raise self.refused(plugin, str(error)) from error
+
+    def refused(self, plugin: object, problem: str) -> PluginSpecError:
+        """Return the error about a module or object that brings nothing."""
+        return self.kind.errors.spec(f"{type(plugin).__name__} object", [problem])
+
+    def registered(self) -> list[str]:
+        """Return the names of those that were registered in this process, sorted."""
+        return sorted(self._registered)
+
+    def is_registered(self, name: str) -> bool:
+        """Whether one of that name, in any case, was registered in this process."""
+        distribution, plain = self._parts(name)
+        return plain in self._registered and distribution in ("", IN_PROCESS)
 
     def unregister(self, name: str) -> None:
         """Forget a plugin that was registered in this process.
@@ -166,9 +161,9 @@ class Registry(Generic[S, P]):
         Raises:
             PluginNotRegisteredError: it was not.
         """
-        distribution, plain = self._parts(name)
-        if distribution not in ("", IN_PROCESS) or self._registered.pop(plain, None) is None:
-            raise self.kind.errors.not_registered(name, sorted(self._registered))
+        if not self.is_registered(name):
+            raise self.kind.errors.not_registered(name, self.registered())
+        del self._registered[self._parts(name)[1]]
 
     def usable(self, spec: S) -> P:
         """Return what users would get of a declaration that need not be registered.

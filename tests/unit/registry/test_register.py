@@ -192,7 +192,7 @@ def test_another_api_version():
 @pytest.mark.parametrize(
     ("thing", "problem"),
     [
-        (Nothing, "its hook kvquant_register_backends is not there"),
+        (Nothing, "its hook kvquant_register_backends or kvquant_transforms is not there"),
         (
             SimpleNamespace(kvquant_register_backends=lambda: [spec()]),
             "its hook kvquant_register_backends lacks the decorator @kvquant.plugin.hookimpl",

@@ -10,6 +10,8 @@ import pytest
 import kvquant
 from kvquant import registry
 from kvquant.errors import (
+    BackendNotRegisteredError,
+    BackendSpecError,
     BlockedTransformError,
     BrokenTransformError,
     DuplicateTransformError,
@@ -222,6 +224,19 @@ def test_an_object_with_both_hooks_brings_both_or_none(known):
     kvquant.unregister("both")
 
 
+def test_one_hook_may_declare_nothing_where_the_other_does(known):
+    """A plugin may come to have none in some environment; one that brings nothing at all is a mistake."""
+    nothing, something = hookimpl(lambda: [*()]), hookimpl(lambda: [transform("something")])
+    known(SimpleNamespace(kvquant_register_backends=nothing, kvquant_transforms=something))
+    assert kvquant.get_transform("something").availability.ok
+    backends = hookimpl(lambda: [backend_spec("beside")])
+    known(SimpleNamespace(kvquant_register_backends=backends, kvquant_transforms=nothing))
+    assert kvquant.get_backend("beside").availability.ok
+    kvquant.unregister("beside")
+    with pytest.raises(BackendSpecError, match="it declares no backend and no transform"):
+        known(SimpleNamespace(kvquant_register_backends=nothing, kvquant_transforms=nothing))
+
+
 def test_a_declaration_that_cannot_work_is_refused(known):
     """With each mistake in a sentence; a hook that declares nothing is one."""
     with pytest.raises(TransformSpecError) as caught:
@@ -234,6 +249,21 @@ def test_a_declaration_that_cannot_work_is_refused(known):
         known(SimpleNamespace(kvquant_transforms=hookimpl(lambda: [*()])))
     with pytest.raises(IncompatibleTransformError):
         known(transform(api_version=2))
+
+
+def test_the_kind_of_what_is_forgotten_need_not_be_said(known):
+    """Where one kind has the name; where both have it, the backend goes first."""
+    known(transform())
+    known(backend_spec("mine"))
+    kvquant.unregister("Mine")
+    assert "mine" not in {backend.name for backend in kvquant.list_backends()}
+    kvquant.unregister("in-process:mine")
+    assert not listed("mine")
+    known(transform())
+    with pytest.raises(BackendNotRegisteredError, match=r"backend 'mind' was not registered .* Registered: .*mine\."):
+        kvquant.unregister("mind")
+    with pytest.raises(BackendNotRegisteredError):
+        kvquant.unregister("mine", kind="backend")
 
 
 def test_forgetting_what_was_not_registered():
