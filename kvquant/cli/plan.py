@@ -213,7 +213,8 @@ def _notes(report: PlanReport, detailed: list[str]) -> list[str]:
     wider = [(row.cache, row.most_nbytes / row.nbytes - 1) for row in report.rows if row.cache in detailed]
     if any(share for _, share in wider):
         most = ", ".join(f"{label} {share:.1%}" for label, share in wider if share)
-        notes.append(f"Scales are counted in float16. Where states need them in float32, at most so much more: {most}.")
+        counted = "Scales are counted in the 8 or 16 bits that scale_bits says."
+        notes.append(f"{counted} Where states need them in float32, at most so much more: {most}.")
     notes.append(
         f"Beside weights and cache {format_bytes(settings['overhead'])} are counted, as --overhead says."
         if settings["overhead"]

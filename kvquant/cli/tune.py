@@ -112,11 +112,11 @@ def tune(
 
 def _options(chosen: dict[str, Any]) -> TuneOptions:
     from kvquant.evaluation.sizes import parse_bytes, parse_tokens
-    from kvquant.evaluation.tuning.space import DEFAULT_BASE, parse_widths, tuning_options
+    from kvquant.evaluation.tuning.space import parse_widths, tuning_options
     from kvquant.evaluation.tuning.tune import TuneOptions
 
     shared = {name: chosen.pop(name) for name in SHARED}
-    chosen["base"] = tuning_options(chosen.pop("backend") or DEFAULT_BASE, shared)
+    chosen["base"] = tuning_options(chosen.pop("backend"), shared)
     read: dict[str, Callable[[str], Any]] = {
         "widths": parse_widths,
         "memory": functools.partial(parse_bytes, "memory"),

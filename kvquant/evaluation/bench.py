@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from kvquant.errors import KVQuantError, OptionValueError
-from kvquant.evaluation.contenders import Contender, one_line, parse_contenders, versions
+from kvquant.errors import OptionValueError
+from kvquant.evaluation.contenders import Contender, parse_contenders, versions
+from kvquant.evaluation.failures import FAILURES, one_line
 from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine, read_bandwidth, steady
 from kvquant.evaluation.subject import (
     DTYPES,
@@ -51,17 +52,7 @@ _MEMORY_STEPS = 2
 #: Tokens of a run that is not measured: enough to quantise some, so that libraries and kernels are loaded.
 _WARM_UP_TOKENS = 512
 #: What a cache may raise while it is measured without ending the measurement of the others.
-_FAILURES = (
-    KVQuantError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    MemoryError,
-    AssertionError,
-)
+_FAILURES = (*FAILURES, MemoryError)
 
 #: Called as work goes on, with the part of `BenchOptions.work` that was done since the last call.
 Progress = Callable[[float], None]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from kvquant.engine.config import OPTIONS, PRESETS, CacheConfig, overridden
 from kvquant.engine.memory import layer_memory
 from kvquant.engine.options import ALIASES, rename_options
 from kvquant.engine.settings import layer_settings
-from kvquant.engine.typed import looks_like_width, parse_value, parse_width
+from kvquant.engine.store import Store
 from kvquant.errors import (
     DuplicateBackendError,
     KVQuantError,
@@ -27,14 +26,18 @@ from kvquant.errors import (
     UnknownBackendError,
     UnknownOptionError,
     UnsupportedError,
+    listing,
 )
-from kvquant.evaluation.contenders import Contender, cache_bytes, one_line
+from kvquant.evaluation.failures import one_line
+from kvquant.evaluation.in_use import cache_bytes
 from kvquant.evaluation.measure import held_bytes
-from kvquant.plugin.capabilities import AXES
+from kvquant.evaluation.notation import Written, read_cache, split_caches, written
 from kvquant.registry import find_backend, list_backends
 
 FULL = "full"
 _TRANSFORMERS = "transformers"
+#: Backends of transformers' own quantised cache and the widths that each has; the first is the usual one.
+TRANSFORMERS_NBITS = {"quanto": (4, 2), "hqq": (4, 1, 2, 3, 8), "fp8": (8,)}
 #: Options of transformers' own quantised cache, as kvquant calls them, and as it does. Its axes are integers with
 #: meanings of their own.
 _TRANSFORMERS_OPTIONS = {
@@ -43,11 +46,6 @@ _TRANSFORMERS_OPTIONS = {
     "group_size": "q_group_size",
     "residual_length": "residual_length",
 }
-
-_SYNTAX = (
-    "BACKEND[:NBITS][:AXIS][:OPTION=VALUE], such as reference:4, hqq:2:group_size=32, "
-    "reference:2:axis_key=token:sink_length=4, kivi-2 or transformers:quanto:4"
-)
 
 
 @dataclass(frozen=True)
@@ -90,18 +88,21 @@ class Candidate:
 # ------------------------------------------------------------------------------------------------ how they are written
 
 
-def parse_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tuple[Candidate, ...]:
+def parse_candidates(
+    text: str, shared: Mapping[str, Any] | None = None, *, option: str = "backends", check: bool = True
+) -> tuple[Candidate, ...]:
     """Read candidates separated by commas; `FULL` is always the first of them.
 
     Each is a backend of kvquant (``BACKEND[:NBITS...][:AXIS][:OPTION=VALUE...]``), a preset of kvquant with options of
     its own (``kivi-2[:OPTION=VALUE...]``), or transformers' quantised cache (``transformers:BACKEND[:NBITS...][...]``).
     Several widths make several candidates: ``reference:8:4:2``. An AXIS is for keys and values both. An OPTION that
-    `CacheConfig` has is the cache's; any other is the backend's own. Commas within brackets separate nothing:
-    ``reference:2:skip_layers=[0,1]``.
+    `CacheConfig` has is the cache's; any other is the backend's own. Values may be JSON, see `notation`.
 
     Args:
         text: the candidates.
         shared: options of `CacheConfig` for all of kvquant's that do not say otherwise themselves.
+        option: what messages call the option that `text` is of.
+        check: whether a backend that cannot be used here, or cannot do what is asked, is refused now.
 
     Raises:
         UnknownBackendError, BackendUnavailableError: a backend does not exist, or cannot be used here.
@@ -111,20 +112,18 @@ def parse_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tupl
     shared = {name: value for name, value in (shared or {}).items() if value is not None}
     CacheConfig.from_dict(shared)  # values that can never work are an error even if no candidate takes them
     found = [Candidate(FULL, FULL)]
-    for part in split_candidates(text):
+    for part in split_caches(text):
         if part == FULL:
             continue
-        name, *details = (detail.strip() for detail in _outside_brackets(part, ":"))
-        if not name:
-            raise OptionValueError("backends", text, _SYNTAX)
-        if name == _TRANSFORMERS:
-            found += _transformers(part, details)
+        cache = read_cache(part, option)
+        if cache.names[0] == _TRANSFORMERS:
+            found += _transformers(cache, option)
         else:
-            found += _kvquant(part, name, details, shared)
+            found += _kvquant(cache, shared, option, check=check)
     labels = [candidate.label for candidate in found]
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
-        raise OptionValueError("backends", text, f"each cache once; {twice} is named twice")
+        raise OptionValueError(option, text, f"each cache once; {twice} is named twice")
     return tuple(found)
 
 
@@ -136,7 +135,7 @@ def usable_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tup
     """
     usable: list[str] = []
     left_out: list[str] = []
-    for part in split_candidates(text):
+    for part in split_caches(text):
         try:
             for candidate in parse_candidates(part, shared):
                 if candidate.kind == _TRANSFORMERS:
@@ -152,100 +151,86 @@ def usable_candidates(text: str, shared: Mapping[str, Any] | None = None) -> tup
 _SOME_MODEL = PreTrainedConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1)
 
 
-def split_candidates(text: str) -> list[str]:
-    """Return the candidates in a text as they are written there; commas within brackets separate nothing."""
-    return [part.strip() for part in _outside_brackets(text, ",")]
+def is_preset(cache: Written) -> bool:
+    """Whether a cache is written as a preset: by the name of one, which no backend has."""
+    return cache.name in PRESETS and not backend_exists(cache.name)
 
 
-def _outside_brackets(text: str, separator: str) -> list[str]:
-    return re.split(rf"{separator}(?![^\[]*\])", text)
-
-
-def _kvquant(part: str, name: str, details: list[str], shared: Mapping[str, Any]) -> list[Candidate]:
-    preset: Mapping[str, Any] = {}
-    if details and not _is_detail(details[0]):
-        name, details = f"{name}:{details[0]}", details[1:]  # a distribution and its backend
-    if name in PRESETS and not _exists(name):
-        preset, start = PRESETS[name], {}
-    else:
-        _require(name)
-        start = {"backend": name}
-    widths, axes, options = _read(part, details)
-    if preset and widths:
-        raise OptionValueError("backends", part, f"no bits after the preset {name!r}, which says them itself")
-    if len(axes) > 1:
-        raise OptionValueError("backends", part, "one axis for both, or axis_key=... and axis_value=...")
+def _kvquant(cache: Written, shared: Mapping[str, Any], option: str, *, check: bool) -> list[Candidate]:
+    preset: Mapping[str, Any] = PRESETS[cache.name] if is_preset(cache) else {}
+    start: dict[str, Any] = {}
+    if not preset:
+        start = {"backend": cache.name}
+        _require(cache.name, usable=check)
+    if preset and cache.widths:
+        expected = f"no bits after the preset {cache.name!r}, which says them itself"
+        raise OptionValueError(option, cache.text, expected)
+    if len(cache.axes) > 1:
+        raise OptionValueError(option, cache.text, "one axis for both, or axis_key=... and axis_value=...")
+    said = [f"{key}={written(value)}" for key, value in cache.options.items()]
     candidates = []
-    each: list[float | None] = [*widths]
+    each: list[float | None] = [*cache.widths]
     for nbits in each or [None]:
         chosen: dict[str, Any] = {**shared, **preset, **start}
         if nbits is not None:
             chosen["nbits"] = nbits
-        if axes:
-            chosen.update(axis_key=axes[0], axis_value=axes[0])
-        own = {option: value for option, value in options.items() if ALIASES.get(option, option) not in OPTIONS}
-        written = {key: value for key, value in options.items() if key not in own}
-        chosen = overridden(chosen, rename_options(written, OPTIONS))
+        if cache.axes:
+            chosen.update(axis_key=cache.axes[0], axis_value=cache.axes[0])
+        own = {name: value for name, value in cache.options.items() if ALIASES.get(name, name) not in OPTIONS}
+        general = {name: value for name, value in cache.options.items() if name not in own}
+        chosen = overridden(chosen, rename_options(general, OPTIONS))
         if own:
             chosen["options"] = {**chosen.get("options", {}), **own}
         config = CacheConfig.from_dict(chosen)
-        layer_settings(config)  # refuse now what can be told to be impossible for every model
+        if check:
+            layer_settings(config)  # refuse now what can be told to be impossible for every model
         width = [] if preset else [str(config.nbits)]
-        label = ":".join([name, *width, *axes, *(f"{key}={_written(value)}" for key, value in options.items())])
-        candidates.append(Candidate(label, "kvquant", chosen))
+        candidates.append(Candidate(":".join([cache.name, *width, *cache.axes, *said]), "kvquant", chosen))
     return candidates
 
 
-def _transformers(part: str, details: list[str]) -> list[Candidate]:
-    named = details[:1] if details and not _is_detail(details[0]) else []
-    widths, axes, options = _read(part, details[len(named) :])
-    if axes:
-        raise OptionValueError("backends", part, "axis_key and axis_value as integers, as transformers means them")
-    options = rename_options(options, _TRANSFORMERS_OPTIONS)
-    written = [f"{name}={_written(value)}" for name, value in options.items()]
+def transformers_nbits(backend: str, nbits: float | None, text: str, option: str) -> float:
+    """Return the width of a backend of transformers' own quantised cache: its usual one where none is said.
+
+    Args:
+        backend: its name.
+        nbits: what is said.
+        text, option: what was written, and what messages call it.
+
+    Raises:
+        UnknownOptionError: there is no such backend.
+        OptionValueError: it does not have this width.
+    """
+    if backend not in TRANSFORMERS_NBITS:
+        raise UnknownOptionError("transformers backend", backend, TRANSFORMERS_NBITS)
+    widths = TRANSFORMERS_NBITS[backend]
+    if nbits is not None and nbits not in widths:
+        raise OptionValueError(option, text, f"nbits from {listing(sorted(widths))} for {backend}")
+    return widths[0] if nbits is None else nbits
+
+
+def _transformers(cache: Written, option: str) -> list[Candidate]:
+    if cache.axes:
+        raise OptionValueError(option, cache.text, "axis_key and axis_value as integers, as transformers means them")
+    backend = cache.names[1] if len(cache.names) > 1 else next(iter(TRANSFORMERS_NBITS))
+    options = rename_options(cache.options, _TRANSFORMERS_OPTIONS)
+    said = [f"{name}={written(value)}" for name, value in options.items()]
     candidates = []
-    for width in [[str(nbits)] for nbits in widths] or [[]]:
-        try:
-            cache = Contender.parse(":".join([_TRANSFORMERS, *named, *width]))
-        except OptionValueError as cause:
-            raise OptionValueError("backends", part, cause.expected) from cause
+    each: list[float | None] = [*cache.widths]
+    for nbits in each or [None]:
+        width = transformers_nbits(backend, nbits, cache.text, option)
         arguments = {_TRANSFORMERS_OPTIONS[name]: value for name, value in options.items()}
-        if cache.backend != "fp8":
-            arguments["nbits"] = cache.nbits
+        if backend != "fp8":
+            arguments["nbits"] = width
         elif options:
-            raise OptionValueError("backends", part, "'transformers:fp8' without options: it has none")
-        label = ":".join([cache.label, *written])
-        candidates.append(Candidate(label, _TRANSFORMERS, {"backend": cache.backend, **arguments}))
+            raise OptionValueError(option, cache.text, "'transformers:fp8' without options: it has none")
+        label = ":".join([_TRANSFORMERS, backend, str(width), *said])
+        candidates.append(Candidate(label, _TRANSFORMERS, {"backend": backend, **arguments}))
     return candidates
 
 
-def _read(part: str, details: Iterable[str]) -> tuple[list[float], list[str], dict[str, Any]]:
-    """Return the widths, axes and options among `details`."""
-    widths: list[float] = []
-    axes: list[str] = []
-    options: dict[str, Any] = {}
-    for detail in details:
-        if not _is_detail(detail):
-            raise OptionValueError("backends", part, _SYNTAX)
-        option, equals, value = detail.partition("=")
-        if equals:
-            options[option.strip()] = parse_value(value)
-        elif detail in AXES:
-            axes.append(detail)
-        else:
-            widths.append(parse_width(detail))
-    return widths, axes, options
-
-
-def _is_detail(text: str) -> bool:
-    return looks_like_width(text) or text in AXES or text.find("=") > 0
-
-
-def _written(value: Any) -> str:
-    return str(value).replace(" ", "")
-
-
-def _exists(name: str) -> bool:
+def backend_exists(name: str) -> bool:
+    """Whether there is a backend of this name, usable or not."""
     try:
         find_backend(name)
     except UnknownBackendError:
@@ -255,12 +240,14 @@ def _exists(name: str) -> bool:
     return True
 
 
-def _require(name: str) -> None:
+def _require(name: str, *, usable: bool) -> None:
     try:
-        find_backend(name).require()
+        backend = find_backend(name)
     except UnknownBackendError as cause:
         known = [*sorted(backend.name for backend in list_backends()), _TRANSFORMERS, *PRESETS]
         raise UnknownOptionError("backend", name, known) from cause
+    if usable:
+        backend.require()
 
 
 # ------------------------------------------------------------------------------------------------ what they hold
@@ -327,31 +314,44 @@ class QuantizedStream:
     """What a layer has quantised of its keys, or of its values.
 
     Attributes:
-        start, stop: the first of these tokens, and the first behind them.
-        bits_per_element: bits of codes, scales, offsets and tables over the numbers that they stand for.
+        start, stop: the first of these tokens in view, and the first behind them, as `held_states` hands them out.
+        numbers: numbers that are held quantised, those of tokens that are out of view too.
+        bits_per_element: bits of codes, scales, offsets, tables and outliers for each of them.
+        table_bits: those of tables among them, which do not grow with the tokens.
         axis: what shares a scale; None where transformers' integers say it.
     """
 
     start: int
     stop: int
+    numbers: int
     bits_per_element: float
+    table_bits: float
     axis: str | None
 
 
 def quantized_streams(layer: Any) -> tuple[QuantizedStream, ...]:
     """Return what a layer has quantised of its keys and of its values; empty while there is nothing."""
     if isinstance(layer, QuantizedLayer):
-        streams = []
-        for store in layer.stores if layer.is_initialized else ():
-            numbers = len(store.body) * store.batch * store.kv_heads * store.head_dim
-            bits = layer_memory(0, len(store), (len(store.body), numbers), store.parts()).bits_per_element
-            if bits is not None:
-                start = store.sink_tokens
-                streams.append(QuantizedStream(start, start + len(store.body), bits, store.body.encoder.scheme.axis))
-        return tuple(streams)
+        stores = layer.stores if layer.is_initialized else ()
+        return tuple(_stream(store) for store in stores if store.body.held)
     if not isinstance(layer, OWN_QUANTIZED_LAYER) or layer._quantized_keys is None:
         return ()
     pair = [(states, layer._dequantize(states)) for states in (layer._quantized_keys, layer._quantized_values)]
     return tuple(
-        QuantizedStream(0, read.shape[2], 8 * held_bytes(states) / read.numel(), None) for states, read in pair
+        QuantizedStream(0, read.shape[2], read.numel(), 8 * held_bytes(states) / read.numel(), 0.0, None)
+        for states, read in pair
+    )
+
+
+def _stream(store: Store) -> QuantizedStream:
+    body, start = store.body, store.sink_tokens
+    numbers = body.held * store.batch * store.kv_heads * store.head_dim
+    memory = layer_memory(0, 0, (body.held, numbers), store.parts())
+    return QuantizedStream(
+        start=start,
+        stop=start + len(body),
+        numbers=numbers,
+        bits_per_element=memory.bits_per_element or 0.0,
+        table_bits=8 * memory.parts["tables"] / numbers,
+        axis=body.encoder.scheme.axis,
     )

@@ -1,31 +1,32 @@
-"""The caches that can be compared: how they are named, made, and asked about what they hold."""
+"""The caches that are benched: how they are named, and made."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers import QuantizedCache as TransformersQuantizedCache
-from transformers.cache_utils import QuantizedLayer as TransformersQuantizedLayer
 
 from kvquant.cache.cache import QuantizedCache
-from kvquant.cache.layer import QuantizedLayer
+from kvquant.engine.config import CacheConfig
 from kvquant.engine.typed import looks_like_width, parse_width
-from kvquant.errors import OptionValueError, UnknownOptionError, UnsupportedError
-from kvquant.evaluation.measure import held_bytes
+from kvquant.errors import OptionValueError, UnknownOptionError, UnsupportedError, listing
+from kvquant.evaluation.candidates import backend_exists, is_preset, parse_candidates, transformers_nbits
+from kvquant.evaluation.failures import one_line
+from kvquant.evaluation.notation import read_cache, split_caches
 
 KINDS = ("dynamic", "static", "transformers", "turboquant", "kvquant")
 DEFAULT_NBITS = 4
 
 #: Kinds in full precision, which have neither backend nor bits.
 _EXACT = ("dynamic", "static")
-#: Backends of transformers' own quantised cache and the widths that each has; the first is the usual one.
-_TRANSFORMERS_NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8), "fp8": (8,)}
+#: Kinds with backends, and the usual one of each.
+_BACKENDS = {"transformers": "quanto", "kvquant": "reference"}
 #: Widths of the package turboquant's cache.
 _TURBOQUANT_NBITS = (1, 2, 3, 4)
 
@@ -37,7 +38,10 @@ _DISTRIBUTIONS = {
     "turboquant": ("turboquant", "numpy"),  # 0.2.0 fails with numpy 2.4, which lacks `trapz`
 }
 
-_SYNTAX = "kind[:backend[:nbits]], such as dynamic, static, transformers:quanto:4 or kvquant:reference:2"
+_SYNTAX = (
+    "kind[:backend[:nbits]], such as dynamic, static, transformers:quanto:4 or kvquant:reference:2, with options as "
+    "kvquant:reference:2:scale=error:sink_length=4, or a preset as kvquant:smallest"
+)
 
 
 @dataclass(frozen=True)
@@ -48,46 +52,69 @@ class Contender:
         kind: one of `KINDS`.
         backend: name of the backend, empty where the kind has none.
         nbits: bits of a code, 0 in full precision.
+        name: its name in full where more is said of it: options, or a preset.
+        options: then, those of a `CacheConfig`, or the arguments of transformers' cache. No part of a comparison, as
+            values may be lists; `name` has them.
     """
 
     kind: str
     backend: str = ""
     nbits: float = 0
+    name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def label(self) -> str:
         """The cache's name in full, which `parse` takes."""
-        return ":".join(str(part) for part in (self.kind, self.backend, self.nbits) if part)
+        return self.name or ":".join(str(part) for part in (self.kind, self.backend, self.nbits) if part)
 
     @classmethod
     def parse(cls, text: str) -> Contender:
         """Read ``kind[:backend[:nbits]]``, or ``turboquant[:nbits]``.
 
+        For the kinds ``kvquant`` and ``transformers``, what stands behind is read as `parse_candidates` does it:
+        options and presets too. Whether a backend can be used here only `why_not` says.
+
         Raises:
-            UnknownOptionError: there is no such kind, or no such backend of transformers.
-            OptionValueError: the rest does not fit the kind.
+            UnknownOptionError: there is no such kind, or no such backend.
+            OptionValueError: the rest does not fit the kind, or a value can never work.
         """
         kind, *rest = text.strip().split(":")
         if kind not in KINDS:
             raise UnknownOptionError("cache kind", kind, KINDS)
+        if kind in _BACKENDS:
+            return cls._with_backend(text, kind, ":".join(rest) if rest else _BACKENDS[kind])
         if kind in _EXACT:
             if rest:
                 raise OptionValueError("caches", text, f"{kind!r} alone: it has no backend")
             return cls(kind)
-        if kind == "turboquant":
-            rest = ["", *rest]
-        if len(rest) > 2 or not all(rest[kind == "turboquant" :]):
+        if len(rest) > 1 or not all(rest):
             raise OptionValueError("caches", text, _SYNTAX)
-        backend = rest[0] if rest else {"transformers": "quanto", "kvquant": "reference"}[kind]
-        if kind == "transformers" and backend not in _TRANSFORMERS_NBITS:
-            raise UnknownOptionError("transformers backend", backend, _TRANSFORMERS_NBITS)
-        widths = {"transformers": _TRANSFORMERS_NBITS.get(backend, ()), "turboquant": _TURBOQUANT_NBITS}.get(kind, ())
-        nbits = rest[1] if len(rest) > 1 else str(DEFAULT_NBITS if DEFAULT_NBITS in widths or not widths else widths[0])
-        if not looks_like_width(nbits):
-            raise OptionValueError("caches", text, f"a number of bits at the end: {_SYNTAX}")
-        if widths and parse_width(nbits) not in widths:
-            raise OptionValueError("caches", text, f"nbits from {', '.join(map(str, widths))} for {backend or kind}")
-        return cls(kind, backend, parse_width(nbits))
+        nbits = rest[0] if rest else str(DEFAULT_NBITS)
+        if not looks_like_width(nbits) or parse_width(nbits) not in _TURBOQUANT_NBITS:
+            raise OptionValueError("caches", text, f"nbits from {listing(_TURBOQUANT_NBITS)} for {kind}")
+        return cls(kind, nbits=parse_width(nbits))
+
+    @classmethod
+    def _with_backend(cls, text: str, kind: str, rest: str) -> Contender:
+        """Read a cache of kvquant's or of transformers' own, without its kind."""
+        written = read_cache(rest, "caches", _SYNTAX)
+        if len(written.names) > 1 and (kind != "kvquant" or not backend_exists(written.name)):
+            raise OptionValueError("caches", text, _SYNTAX)
+        if len(written.widths) > 1:
+            raise OptionValueError("caches", text, f"one number of bits: {_SYNTAX}")
+        nbits = written.widths[0] if written.widths else None
+        if not written.options and not written.axes and len(written.names) == 1 and not is_preset(written):
+            if kind == "transformers":
+                return cls(kind, written.name, transformers_nbits(written.name, nbits, text, "caches"))
+            return cls(kind, written.name, DEFAULT_NBITS if nbits is None else nbits)
+        whole = rest if kind == "kvquant" else f"{kind}:{rest}"
+        _, candidate = parse_candidates(whole, option="caches", check=False)
+        options = dict(candidate.options)
+        if kind == "transformers":
+            return cls(kind, options["backend"], options["nbits"], candidate.label, options)
+        config = CacheConfig.from_dict(options)
+        return cls(kind, config.backend, config.nbits, f"{kind}:{candidate.label}", options)
 
     @property
     def is_rival(self) -> bool:
@@ -106,11 +133,15 @@ class Contender:
         if self.kind == "static":
             return StaticCache(config=config, max_cache_len=tokens)
         if self.kind == "transformers":
+            if self.options:
+                return TransformersQuantizedCache(config=config, **self.options)
             nbits = None if self.backend == "fp8" else self.nbits  # it has but one width, and takes no options
             return TransformersQuantizedCache(self.backend, config, nbits=nbits)
         if self.kind == "turboquant":
             made: Cache = importlib.import_module("turboquant").TurboQuantCache(bits=self.nbits)
             return made
+        if self.options:
+            return QuantizedCache.from_config(self.options, config)
         return QuantizedCache(self.backend, config, nbits=self.nbits)
 
     def why_not(self, config: PreTrainedConfig) -> str:
@@ -136,7 +167,7 @@ def parse_contenders(text: str) -> tuple[Contender, ...]:
     Raises:
         UnknownOptionError, OptionValueError: see `Contender.parse`; or one is named twice.
     """
-    contenders = tuple(Contender.parse(part) for part in text.split(","))
+    contenders = tuple(Contender.parse(part) for part in split_caches(text))
     if len(set(contenders)) < len(contenders):
         raise OptionValueError("caches", text, "each cache once")
     return contenders
@@ -150,59 +181,3 @@ def versions(contenders: Iterable[Contender]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[distribution] = importlib.metadata.version(distribution)
     return found
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message as one line, with its type where there is no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------ a cache in use
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of all tensors that any cache holds."""
-    return cache.nbytes if isinstance(cache, QuantizedCache) else held_bytes(*cache.layers)
-
-
-def read_bytes(cache: Cache) -> int:
-    """Return the bytes that attention over a cache must read at least: all that it holds, without spare room."""
-    if not isinstance(cache, QuantizedCache):
-        return cache_bytes(cache)
-    report = cache.memory_report()
-    return report.nbytes - report.parts["spare"]
-
-
-def attention_of(cache: Cache) -> str:
-    """Return what attends over the quantised tokens of one of kvquant's caches, in words; empty for others."""
-    return cache.memory_report().attention if isinstance(cache, QuantizedCache) else ""
-
-
-@dataclass(frozen=True)
-class Flush:
-    """When a cache quantises again.
-
-    Attributes:
-        tokens_left: tokens to append until it does; the last of them is the one that costs.
-        period: tokens from one time to the next.
-    """
-
-    tokens_left: int
-    period: int
-
-
-def next_flush(cache: Cache) -> Flush | None:
-    """Return when tokens next leave a cache's window to be quantised; None for a cache that never quantises."""
-    layers: list[Any] = list(cache.layers)
-    for layer in layers:
-        if isinstance(layer, QuantizedLayer):
-            store, _ = layer.stores
-            left = 1
-            while not store.leaving(left):
-                left += 1
-            return Flush(left, store.body.encoder.block)
-        if isinstance(layer, TransformersQuantizedLayer):
-            waiting = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
-            # It flushes when the window is full with the new tokens; no sooner than the next one.
-            return Flush(max(1, layer.residual_length - waiting), layer.residual_length)
-    return None

@@ -21,14 +21,13 @@ from torch import Tensor
 from kvquant.attention.tiles import tile_tokens
 from kvquant.cache.cache import QuantizedCache
 from kvquant.engine.grouping import block_tokens
-from kvquant.errors import KVQuantError, OptionValueError
-from kvquant.evaluation.contenders import one_line
+from kvquant.errors import OptionValueError
+from kvquant.evaluation.failures import FAILURES, one_line
+from kvquant.evaluation.loading import plugin_versions
 from kvquant.evaluation.measure import Spread, describe_machine, seconds, steady
 from kvquant.evaluation.methods import YARDSTICK, Method
 from kvquant.evaluation.synthetic import STATES
 from kvquant.plugin.spec import Axis
-from kvquant.registry import find_backend
-from kvquant.registry.availability import installed_version
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ Progress = Callable[[float], None]
 #: Seconds that one turn of a method fills with calls, each way; a call that takes longer is made once.
 _TURN = 0.03
 #: What a backend may raise while it is measured without ending the measurement of the others.
-_FAILURES = (KVQuantError, RuntimeError, MemoryError)
+_FAILURES = (*FAILURES, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,12 +306,6 @@ def _problems(methods: Sequence[Method], measured: Sequence[_Measured]) -> dict[
 
 
 def _libraries(methods: Iterable[Method]) -> dict[str, str]:
-    versions: dict[str, str] = {}
-    for name in dict.fromkeys(method.backend for method in methods):
-        backend = find_backend(name)
-        if backend.version:
-            versions[backend.distribution] = backend.version
-        for requirement in backend.spec.requires if backend.spec else ():
-            versions[requirement.distribution] = installed_version(requirement.distribution) or "unknown"
+    versions = plugin_versions(method.backend for method in methods)
     versions.pop("kvquant", None)  # the machine's description has it
     return versions

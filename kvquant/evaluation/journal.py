@@ -16,16 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from kvquant.errors import JournalSettingsError, MalformedLineError, OptionValueError, OutOfMemoryError
+from kvquant.evaluation.failures import is_out_of_memory
 
 #: Parts of a key, such as ``("reference:4", 1024, 7)``.
 Key = tuple[str | int, ...]
 
 _FORMAT = 1
-#: What torch's allocator on the CPU says; it raises no class of its own.
-_ALLOCATOR_SAYS = ("can't allocate memory", "not enough memory")
 
 
 class Journal:
@@ -176,13 +173,6 @@ class Journal:
                     raise OutOfMemoryError(where, len(self), str(self.path or ""), advice) from cause
                 self.add(key, result)
             progress(key)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_SAYS)
 
 
 @contextlib.contextmanager

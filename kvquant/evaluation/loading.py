@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.settings import check_device
 from kvquant.errors import ModelLoadError, OptionValueError
 from kvquant.evaluation.twin import outlier_twin
+from kvquant.registry import find_backend
+from kvquant.registry.availability import installed_version
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -159,4 +161,20 @@ def versions() -> dict[str, str]:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def plugin_versions(backends: Iterable[str]) -> dict[str, str]:
+    """Return the versions of what backends come from and need, by distribution.
+
+    Args:
+        backends: their names; all are installed.
+    """
+    versions: dict[str, str] = {}
+    for name in dict.fromkeys(backends):
+        backend = find_backend(name)
+        if backend.version:
+            versions[backend.distribution] = backend.version
+        for requirement in backend.spec.requires if backend.spec else ():
+            versions[requirement.distribution] = installed_version(requirement.distribution) or "unknown"
     return versions

@@ -54,7 +54,7 @@ class Method:
         return ":".join([self.backend, str(self.nbits), self.axis, *options])
 
     def cache(self, group_size: int) -> QuantizedCache:
-        """Return an empty cache that quantises every whole block at once.
+        """Return an empty cache that quantises every whole block at once, without what the core does to help.
 
         Raises:
             BackendFactoryError: the backend refuses a value of one of its own options.
@@ -66,6 +66,9 @@ class Method:
                 "axis_key": self.axis,
                 "axis_value": self.axis,
                 "group_size": group_size,
+                "smoothing_key": False,
+                "smoothing_value": False,
+                "scale_bits": 16,
                 "residual_length": 0,
                 "options": dict(self.options),
             }

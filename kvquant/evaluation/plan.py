@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from kvquant.engine.config import PRESETS, CacheConfig, device_name
+from kvquant.engine.config import CacheConfig, device_name
 from kvquant.engine.memory import LayerMemory
 from kvquant.engine.options import is_int, layers_text
 from kvquant.engine.packing import WIDTHS
 from kvquant.engine.settings import check_device
-from kvquant.engine.typed import looks_like_width
 from kvquant.errors import OptionValueError, UnsupportedError
-from kvquant.evaluation.candidates import FULL, Candidate, parse_candidates, split_candidates
+from kvquant.evaluation.candidates import FULL, Candidate, is_preset, parse_candidates
+from kvquant.evaluation.notation import Written, read_cache, split_caches
 from kvquant.evaluation.planning.model import ModelShape
 from kvquant.evaluation.planning.sizes import cache_sizes
 
@@ -159,18 +159,17 @@ def planned_candidates(
         ConfigError, BackendError: see `parse_candidates`.
     """
     found: list[str] = []
-    for part in split_candidates(text):
-        if _says_bits(part):
+    for part in split_caches(text):
+        if _says_bits(read_cache(part)):
             found.append(part)
         else:
             found += _all_widths(part, shared) if nbits is None else [f"{part}:{width}" for width in nbits]
     return parse_candidates(",".join(found), shared)
 
 
-def _says_bits(part: str) -> bool:
+def _says_bits(cache: Written) -> bool:
     """Whether a cache is written with its bits, or is one that has its own."""
-    name, *details = (detail.strip() for detail in part.split(":"))
-    return name in (FULL, *PRESETS) or any(looks_like_width(detail) for detail in details)
+    return cache.name == FULL or bool(cache.widths) or is_preset(cache)
 
 
 def _all_widths(part: str, shared: Mapping[str, Any] | None) -> list[str]:

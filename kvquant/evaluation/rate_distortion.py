@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,11 +27,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
 from kvquant.cache.cache import QuantizedCache
+from kvquant.engine.config import CacheConfig
 from kvquant.errors import KVQuantError, OptionValueError, UnsupportedError, listing
 from kvquant.evaluation.candidates import FULL, Candidate, held_states, parse_candidates, quantized_streams
-from kvquant.evaluation.contenders import one_line
+from kvquant.evaluation.failures import FAILURES, is_out_of_memory, one_line
 from kvquant.evaluation.journal import Journal, Key
-from kvquant.evaluation.loading import versions
+from kvquant.evaluation.loading import plugin_versions, versions
 from kvquant.evaluation.plan import planned_candidates
 from kvquant.evaluation.synthetic import STATES
 from kvquant.registry import list_backends
@@ -91,7 +92,7 @@ class RateDistortionOptions:
             "device": self.device,
             "seed": self.seed,
             "caches": {candidate.label: candidate.settings() for candidate in self.compared},
-            "versions": versions(),
+            "versions": {**versions(), **plugin_versions(_backends(self.compared))},
         }
 
     @property
@@ -189,6 +190,15 @@ def every_backend(shared: dict[str, Any] | None = None) -> tuple[tuple[Candidate
     return tuple(found), left_out
 
 
+def _backends(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """Yield the names of kvquant's backends that caches quantise with."""
+    for candidate in candidates:
+        if candidate.kind == "kvquant":
+            config = CacheConfig.from_dict(candidate.options)
+            yield config.backend
+            yield from (options["backend"] for options in config.layers.values() if "backend" in options)
+
+
 # ------------------------------------------------------------------------------------------------ the bound
 
 
@@ -239,7 +249,6 @@ def measure_rate_distortion(
         left_out: caches that are left out already, for the report.
 
     Raises:
-        OptionValueError: there are so few tokens that a cache quantises none.
         OutOfMemoryError: memory ran out; finished parts are in the journal.
     """
     shape = (options.heads, options.tokens, options.head_dim, options.seed)
@@ -270,14 +279,15 @@ def _measured(candidate: Candidate, given: Tensor, seed: int) -> dict[str, Any]:
     try:
         cache = _empty(candidate, given)
         cache.update(given, given, 0)
-    except KVQuantError as cause:
+        streams, states = quantized_streams(cache.layers[0]), held_states(cache.layers[0])
+    except FAILURES as cause:
+        if is_out_of_memory(cause):
+            raise
         return {"problem": one_line(cause)}
-    layer = cache.layers[0]
-    streams = quantized_streams(layer)
     if not streams:
-        raise OptionValueError("tokens", given.shape[2], f"so many that {candidate.label} quantises some of them")
+        return {"problem": f"it quantises none of {given.shape[2]} tokens: more --tokens, or a shorter window"}
     result = {}
-    for name, stream, held in zip(STREAMS, streams, held_states(layer), strict=True):
+    for name, stream, held in zip(STREAMS, streams, states, strict=True):
         part = slice(stream.start, stream.stop)  # the others are exact
         error = (held[:, :, part].double() - given[:, :, part].double()).square().mean()
         result[name] = {"bits": stream.bits_per_element, "error": float(error), "axis": stream.axis}

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvquant.cache.compat import given
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
-from kvquant.evaluation.contenders import attention_of, cache_bytes, next_flush, read_bytes
+from kvquant.evaluation.in_use import attention_of, cache_bytes, next_flush, read_bytes
 from kvquant.evaluation.measure import seconds, timed
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,7 +68,7 @@ class Round:
         fill: seconds to append the whole history to all layers.
         held: bytes of the cache's tensors with the history in.
         read: bytes of them that attention must read at least.
-        kernel: what attends, see `contenders.attention_of`.
+        kernel: what attends, see `in_use.attention_of`.
         steps: seconds of each decode step.
         attention: seconds of each step's attention alone, without the update; empty where it cannot be told apart.
         flush: seconds of a decode step in which tokens leave the window and are quantised, None if there is none.

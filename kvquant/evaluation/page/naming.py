@@ -109,9 +109,11 @@ def _of_contender(contender: Contender) -> Identity:
     if contender.kind == "dynamic":
         return FULL, _written({"kind": FULL})
     label = contender.label
-    settings = {"kind": contender.kind, "backend": contender.backend, "nbits": contender.nbits}
+    settings: dict[str, Any] = {"kind": contender.kind, "backend": contender.backend, "nbits": contender.nbits}
+    settings |= contender.options
     if contender.kind == "kvquant":
         label = label.removeprefix("kvquant:")
+        settings |= CacheConfig.from_dict(contender.options).to_dict() if contender.options else {}
     if contender.backend == "fp8":
         del settings["nbits"]  # it has but one width, which evaluations do not name
     return label, _written(settings)

@@ -21,7 +21,7 @@ from kvquant.cache.compat import dynamic_layers, given
 from kvquant.cache.layers import memory_of
 from kvquant.errors import ModelLoadError, OptionValueError, UnsupportedError
 from kvquant.evaluation.advice import without_advice
-from kvquant.evaluation.contenders import one_line
+from kvquant.evaluation.failures import FAILURES, one_line
 from kvquant.evaluation.loading import DTYPES
 from kvquant.evaluation.planning.weights import Weights, count_weights
 
@@ -33,8 +33,6 @@ _META = torch.device("meta")
 _CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 #: Layers whose memory is that of their keys and values.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-#: What a forward pass without numbers may raise in code that wants to see some.
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _make(name: str, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     try:
         with _META:
             return known[0].from_config(config, dtype=getattr(torch, dtype)).eval()
-    except _FAILURES as cause:
+    except FAILURES as cause:
         raise ModelLoadError(name, ValueError(f"its config makes no model ({one_line(cause).rstrip('.')}).")) from cause
 
 
@@ -166,7 +164,7 @@ def _layers(name: str, model: PreTrainedModel, batch: int) -> tuple[LayerStates,
         two = _run(model, batch, 2)
         plain = all(type(layer) in _PLAIN or _held(layer) == 0 for layer in two)
         three = two if plain else _run(model, batch, 3)
-    except _FAILURES as cause:
+    except FAILURES as cause:
         kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in dynamic_layers(model.config))) or "unknown"
         reason = f"its forward pass without numbers, over layers of the kinds {kinds}, fails ({one_line(cause)})"
         raise UnsupportedError(f"the model {name!r}", [reason], "plan") from cause

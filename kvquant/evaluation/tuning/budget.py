@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvquant.engine.memory import format_bytes
+from kvquant.engine.memory import LayerMemory, format_bytes
 from kvquant.errors import OptionValueError
 from kvquant.evaluation.intervals import FloatArray
 from kvquant.evaluation.planning.model import ModelShape
 from kvquant.evaluation.planning.sizes import CacheSizes, cache_sizes
 from kvquant.evaluation.tuning.assignment import ROUNDING, mean_bits
 from kvquant.evaluation.tuning.sensitivity import StoredBits
-from kvquant.evaluation.tuning.space import Assignment, Space, Width
+from kvquant.evaluation.tuning.space import Assignment, Space
 
 #: Tokens that come one at a time, as `kvquant plan` takes it: with the first of them pages with spare room are made.
 _DECODED = 256
@@ -56,8 +55,8 @@ class Memory:
     def rooms(self, space: Space, stored: StoredBits) -> tuple[FloatArray, float]:
         """Return the room for numbers of each stream ``[streams]``, and the bytes that do not depend on widths.
 
-        A layer's bytes are a constant (sink, window) and those of its pages: room for so many numbers, spare room
-        included, times the bits of each. Two widths tell both.
+        A layer's bytes are a constant (sink, window, and tables, of which the larger count) and those of its pages:
+        room for so many numbers, spare room included, times the bits of each. Two widths tell both.
         """
         narrow, wide = (
             self._sizes(space, space.uniform(width, width)).fullest(self.context)
@@ -66,7 +65,8 @@ class Memory:
         rooms = np.zeros(len(space.streams))
         exact = float(sum(memory.nbytes for at, memory in enumerate(wide.layers) if at not in space.layers))
         for at, layer in enumerate(space.layers):
-            less, more = narrow.layers[layer], wide.layers[layer]
+            less, more = (_without_tables(memory.layers[layer]) for memory in (narrow, wide))
+            exact += max(memory.layers[layer].parts["tables"] for memory in (narrow, wide))
             if less.bits_per_element is None or more.bits_per_element is None:
                 exact += more.nbytes
                 continue
@@ -139,7 +139,7 @@ def memory_budget(memory: Memory, space: Space, stored: StoredBits) -> Budget:
     low, high = mean_bits(shares, stored.bits)
     bits = 8 * (memory.free - exact) / rooms.sum()
     if bits < low:
-        smallest = memory.takes(space, _narrowest(space))
+        smallest = memory.takes(space, space.uniform(space.widths[0], space.widths[0]))
         needed = memory.nbytes - memory.free + smallest
         beside = f" and {format_bytes(memory.overhead)} of overhead" if memory.overhead else ""
         expected = (
@@ -151,5 +151,5 @@ def memory_budget(memory: Memory, space: Space, stored: StoredBits) -> Budget:
     return Budget(min(bits, high), shares, memory, bits)
 
 
-def _narrowest(space: Space) -> Mapping[Any, Width]:
-    return space.uniform(space.widths[0], space.widths[0])
+def _without_tables(memory: LayerMemory) -> LayerMemory:
+    return replace(memory, parts={**memory.parts, "tables": 0})

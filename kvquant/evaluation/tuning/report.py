@@ -18,7 +18,8 @@ class StreamRow:
         stream: ``"key"`` or ``"value"``.
         nbits: the width that it gets.
         share: of the numbers in the cache.
-        bits: bits per element in each width of the settings' `widths`: codes, scales, offsets and tables.
+        bits: bits per element in each width of the settings' `widths`: codes, scales, offsets, outliers and tables;
+            without tables, which are paid for beside them, where memory is the budget.
         added: what each width adds to KL divergence, in nats.
     """
 

@@ -11,64 +11,68 @@ from torch import Tensor
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.engine.memory import layer_memory
-from kvquant.engine.store import Store
 from kvquant.errors import OptionValueError
-from kvquant.evaluation.candidates import Candidate
+from kvquant.evaluation.candidates import Candidate, quantized_streams
 from kvquant.evaluation.intervals import FloatArray
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import LoadedModel
 from kvquant.evaluation.perplexity import Windows
-from kvquant.evaluation.teacher import Prefill
+from kvquant.evaluation.teacher import Prefill, forced_logits
 from kvquant.evaluation.tuning.space import Space
 
 
 @dataclass(frozen=True)
 class StoredBits:
-    """How a text's beginning is stored.
+    """How a window of a text is stored.
 
     Attributes:
         numbers: ``[streams]``, numbers of each stream that are quantised.
-        bits: ``[streams, widths]``, bits for each of them: codes, scales, offsets and tables.
+        bits: ``[streams, widths]``, bits for each of them: codes, scales, offsets, outliers, and tables where they
+            are to count.
     """
 
     numbers: FloatArray
     bits: FloatArray
 
 
-def stored_bits(loaded: LoadedModel, space: Space, tokens: Tensor) -> StoredBits:
-    """Quantise a text's beginning in every width, and look at what is stored.
+def stored_bits(loaded: LoadedModel, space: Space, window: Tensor, prefill: int, *, tables: bool = True) -> StoredBits:
+    """Feed a window of text through a cache of every width, and look at what is stored at its end.
 
     Args:
         loaded: the model.
         space: what there is to choose.
-        tokens: int64 ``[1, tokens]``, the prefill of a window.
+        window: int64 ``[1, tokens]``, all that is fed.
+        prefill: the first of them, fed in one pass.
+        tables: whether tables count. They are the same however many tokens there are, so that bits of a short window
+            say nothing of a long context with them in.
 
     Raises:
-        OptionValueError: the text is so short that nothing is quantised.
+        OptionValueError: the prefill is so short that nothing of it is quantised.
     """
-    prefill = Prefill(loaded.model, tokens.to(loaded.device))
+    tokens = window.to(loaded.device)
+    first_pass = Prefill(loaded.model, tokens[:, :prefill])
     bits, numbers = [], []
     for width in space.widths:
         cache = QuantizedCache.from_config(space.config(space.uniform(width, width)), loaded.model.config)
         torch.manual_seed(0)
-        prefill.into(cache)
-        stores = [store for layer in cache.layers if isinstance(layer, QuantizedLayer) for store in layer.stores]
-        numbers = [_numbers(store) for store in stores]
-        if not all(numbers):
-            least = max(store.policy.most_recent + 1 for store in stores)
-            expected = f"at least {least} tokens, of which some are quantised; a longer --length has a longer prefill"
-            raise OptionValueError("prefill", tokens.shape[1], expected)
-        bits.append([_bits(store) for store in stores])
+        fed = forced_logits(loaded.model, cache, tokens, first_pass)
+        next(fed)
+        _check_prefill(cache, space, prefill)
+        for _ in fed:
+            pass
+        streams = [stream for layer in space.layers for stream in quantized_streams(cache.layers[layer])]
+        numbers = [stream.numbers for stream in streams]
+        bits.append([stream.bits_per_element - (0.0 if tables else stream.table_bits) for stream in streams])
     return StoredBits(np.asarray(numbers, dtype=np.float64), np.asarray(bits, dtype=np.float64).T)
 
 
-def _numbers(store: Store) -> int:
-    return store.body.held * store.batch * store.kv_heads * store.head_dim
-
-
-def _bits(store: Store) -> float:
-    return layer_memory(0, 0, (store.body.held, _numbers(store)), store.parts()).bits_per_element or 0.0
+def _check_prefill(cache: QuantizedCache, space: Space, prefill: int) -> None:
+    """Refuse a prefill of which nothing is quantised: tokens behind it would be scored over exact states."""
+    layers = [layer for index in space.layers if isinstance(layer := cache.layers[index], QuantizedLayer)]
+    if not all(quantized_streams(layer) for layer in layers):
+        least = max(store.policy.most_recent + 1 for layer in layers for store in layer.stores)
+        expected = f"at least {least} tokens, of which some are quantised; a longer --length has a longer prefill"
+        raise OptionValueError("prefill", prefill, expected)
 
 
 def sensitivity_candidates(space: Space) -> tuple[Candidate, ...]:

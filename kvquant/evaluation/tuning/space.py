@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,19 +11,19 @@ from transformers import PreTrainedConfig
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.cache.layer import QuantizedLayer
-from kvquant.engine.config import PRESETS, CacheConfig
+from kvquant.engine.config import PRESETS, CacheConfig, overridden
 from kvquant.engine.options import layers_text
+from kvquant.engine.packing import WIDTHS
 from kvquant.engine.settings import layer_settings
-from kvquant.errors import ConfigError, OptionValueError, UnsupportedError
-from kvquant.evaluation.candidates import Candidate
+from kvquant.engine.typed import parse_width
+from kvquant.errors import ConfigError, OptionValueError, UnsupportedError, listing
+from kvquant.evaluation.candidates import FULL, Candidate
+from kvquant.evaluation.notation import read_cache, split_caches
 from kvquant.evaluation.plan import planned_candidates
 from kvquant.registry import get_backend
 
-#: What is tuned where nobody says what: all but the bits of what measured best for few bits.
-DEFAULT_BASE = (
-    "reference:scale=error:smoothing_key=true:smoothing_value=true:rotation_value=hadamard:scale_bits=8:group_size=64:"
-    "sink_length=4"
-)
+#: What is tuned where nobody says what: all but the bits of the preset that measured best for few bits.
+DEFAULT_BASE = "smallest"
 
 #: Bits a code takes.
 Width = int | float
@@ -32,7 +31,6 @@ Width = int | float
 Pair = tuple[Width, Width]
 
 _STREAMS = ("key", "value")
-_SAYS_BITS = re.compile(r":\s*(\d|nbits)")
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,6 @@ class Stream:
     def index(self) -> int:
         """0 for keys, 1 for values."""
         return _STREAMS.index(self.name)
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.name}s"
 
 
 #: A width for every stream.
@@ -120,43 +115,52 @@ def label(assignment: Assignment) -> str:
 
 
 def parse_widths(text: str) -> tuple[Width, ...]:
-    """Read widths separated by commas.
+    """Read widths separated by commas, and put them in order.
 
     Raises:
-        OptionValueError: an item is no number above 0, or there are not two.
+        OptionValueError: an item is no number of bits above 0, or there are not two.
     """
     try:
-        found = {float(item) for item in text.split(",")}
+        found = sorted({parse_width(item.strip()) for item in text.split(",")})
     except ValueError:
-        found = set()
-    if len(found) < 2 or min(found) <= 0:
-        raise OptionValueError("widths", text, "at least two widths separated by commas, such as 1,2,3,4")
-    return tuple(int(width) if width.is_integer() else width for width in sorted(found))
+        found = []
+    if len(found) < 2 or not found[0]:
+        raise OptionValueError("widths", text, "at least two widths separated by commas, such as 1,2,2.5,4")
+    return tuple(found)
 
 
-def tuning_options(text: str, shared: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def tuning_options(text: str | None = None, shared: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the cache whose widths are tuned, and return its options without bits.
 
     Args:
-        text: a backend without bits and with any options, or a preset, whose bits do not count.
-        shared: options of `CacheConfig` that `text` does not say itself.
+        text: a backend without bits and with any options, or a preset, whose bits do not count; None for
+            `DEFAULT_BASE`.
+        shared: options of `CacheConfig` that `text` does not say itself; they go before those of `DEFAULT_BASE`.
 
     Raises:
         ConfigError, BackendError: see `parse_candidates`.
         OptionValueError: there are several caches, or bits are said.
     """
-    if text.partition(":")[0].strip() == "transformers":
+    if text is None:
+        said = {name: value for name, value in (shared or {}).items() if value is not None}
+        CacheConfig.from_dict(said)  # values that can never work are an error
+        return _without_bits({"backend": CacheConfig().backend, **overridden(PRESETS[DEFAULT_BASE], said)})
+    parts = split_caches(text)
+    if len(parts) > 1 or text == FULL:
+        expected = f"one backend of kvquant with its options, or one preset of {listing(PRESETS)}"
+        raise OptionValueError("backend", text, expected)
+    cache = read_cache(text, "backend")
+    if cache.names[0] == "transformers":
         raise OptionValueError("backend", text, "a cache of kvquant's: transformers' own has one width for all layers")
-    if _SAYS_BITS.search(text):
+    if cache.widths or cache.says("nbits", "nbits_key", "nbits_value"):
         raise OptionValueError("backend", text, "a cache without bits, which --widths says and the tuner chooses")
-    found = planned_candidates(text, shared=shared)[1:]
-    options = [{name: value for name, value in one.options.items() if not name.startswith("nbits")} for one in found]
-    if not options or any(one != options[0] for one in options) or any(one.kind != "kvquant" for one in found):
-        presets = ", ".join(PRESETS)
-        raise OptionValueError("backend", text, f"one backend of kvquant with its options, or one preset of {presets}")
-    if options[0].get("layers"):
-        raise OptionValueError("layers", options[0]["layers"], "none: options by layer are what the tuner writes")
-    return options[0]
+    if cache.says("layers"):
+        raise OptionValueError("layers", cache.options["layers"], "none: options by layer are what the tuner writes")
+    return _without_bits(planned_candidates(text, shared=shared)[-1].options)
+
+
+def _without_bits(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not name.startswith("nbits")}
 
 
 def find_space(options: Mapping[str, Any], widths: tuple[Width, ...] | None, model: PreTrainedConfig) -> Space:
@@ -164,7 +168,7 @@ def find_space(options: Mapping[str, Any], widths: tuple[Width, ...] | None, mod
 
     Args:
         options: of the cache, without bits.
-        widths: to choose from; None takes all that there are.
+        widths: to choose from; None takes all whole ones that there are.
         model: the model's config.
 
     Raises:
@@ -173,14 +177,15 @@ def find_space(options: Mapping[str, Any], widths: tuple[Width, ...] | None, mod
         ConfigError: an option cannot be honoured for this model.
     """
     backend = get_backend(CacheConfig.from_dict(options).backend)
-    works = tuple(width for width in sorted(backend.capabilities.nbits) if _works(options, width))
-    chosen = works if widths is None else widths
+    works = tuple(width for width in WIDTHS if _works(options, width))
+    whole = tuple(width for width in works if width in backend.capabilities.nbits)
+    chosen = whole if widths is None else widths
     for width in chosen:
         if width not in works:
-            having = f"widths that {backend.name} has with these options: {', '.join(f'{one:g}' for one in works)}"
+            having = f"widths that {backend.name} has with these options: {listing(works)}"
             raise OptionValueError("widths", width, having)
     if len(chosen) < 2:
-        reason = f"it has fewer than two widths to choose from: {', '.join(f'{one:g}' for one in works) or 'none'}"
+        reason = f"it has fewer than two widths to choose from: {listing(chosen)}"
         raise UnsupportedError(f"backend {backend.name!r}", [reason], "tuning")
     cache = QuantizedCache.from_config({**options, "nbits": max(works)}, model)
     layers = tuple(index for index, layer in enumerate(cache.layers) if isinstance(layer, QuantizedLayer))

@@ -106,7 +106,7 @@ class Prepared:
     Attributes:
         space: what there is to choose.
         budget: bits that there are.
-        stored: how a text's beginning is stored in each width.
+        stored: how a window of the text is stored in each width; without tables where memory is the budget.
         tuning, verifying: windows of the text.
     """
 
@@ -134,7 +134,8 @@ def prepare(loaded: LoadedModel, text: Sequence[int], options: TuneOptions) -> P
     loaded.check_context("length", options.length)
     space = find_space(options.base, options.widths, loaded.model.config)
     tuning, verifying = split(text, loaded.prefix, options.length, options.first_pass, options.windows, options.verify)
-    stored = stored_bits(loaded, space, tuning.tokens[:1, : tuning.prefill])
+    window = tuning.tokens[:1, : tuning.context]
+    stored = stored_bits(loaded, space, window, tuning.prefill, tables=options.memory is None)
     if options.budget is not None:
         budget = said_budget(options.budget, space, stored)
     else:

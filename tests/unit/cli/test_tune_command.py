@@ -12,7 +12,9 @@ from kvquant import QuantizedCache
 from kvquant.cli.main import cli
 from kvquant.engine.config import CacheConfig
 
-SMALL = "tune --backend reference:residual_length=32 --widths 2,4 --length 192 --prefill 128 --windows 1 --verify 2"
+#: At every width as at 4 bits, so that bits are easily told.
+CACHE = "reference:residual_length=32:smoothing_key=false:smoothing_value=false:scale_bits=16:scale=range"
+SMALL = f"tune --backend {CACHE} --widths 2,4 --length 192 --prefill 128 --windows 1 --verify 2"
 
 
 def run(*more: str) -> Result:
@@ -68,6 +70,20 @@ def test_memory_in_place_of_bits() -> None:
     assert (budget["memory"], budget["overhead"], budget["context"], budget["batch"]) == (24e6, 1e6, 2048, 2)
     for takes in budget["takes"].values():
         assert takes + budget["weights"] + budget["overhead"] <= budget["memory"]
+
+
+def test_widths_may_be_fractions_and_options_go_before_the_default() -> None:
+    """Without --backend, of the cache that measured best, and it has what --group-size and its like say."""
+    small = "tune --widths 2,2.5 --length 160 --prefill 144 --windows 1 --verify 2 --budget 3.3 --json"
+    shared = "--residual-length 32 --group-size 32"
+    result = CliRunner().invoke(cli, [*small.split(), *shared.split()])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["settings"]["widths"] == [2, 2.5]
+    assert (report["config"]["group_size"], report["config"]["residual_length"]) == (32, 32)
+    assert (report["config"]["rotation_value"], report["config"]["sink_length"]) == ("hadamard", 4)
+    measured, predicted = report["results"][0]["bits_per_element"], [row["bits"] for row in report["streams"]]
+    assert min(map(min, predicted)) <= measured <= 3.3
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from kvquant.errors import ModelLoadError, OptionValueError, UnknownOptionError
-from kvquant.evaluation import contenders, measure
+from kvquant.evaluation import measure
 from kvquant.evaluation import subject as subject_module
 from kvquant.evaluation.bench import DEFAULT_CACHES, BenchOptions, bench
-from kvquant.evaluation.contenders import Contender, cache_bytes, next_flush, parse_contenders
+from kvquant.evaluation.contenders import Contender, parse_contenders
 from kvquant.evaluation.figures import bench as figure
 from kvquant.evaluation.figures import check_plot, save
+from kvquant.evaluation.in_use import Flush, cache_bytes, next_flush
 from kvquant.evaluation.measure import PeakMemory, Spread, held_bytes
 from kvquant.evaluation.subject import AttentionSubject, ModelSubject, Subject, SyntheticModel
 
@@ -155,7 +156,7 @@ class TestRounds:
         finally:
             hook.remove()
         assert quantised[-1] == quantised[-2] + 64
-        assert next_flush(cache) == contenders.Flush(64, 64)
+        assert next_flush(cache) == Flush(64, 64)
 
     def test_every_cache_gets_the_same_history(self, subject: ModelSubject) -> None:
         """Also from another model made with the same seed, as in the processes that measure memory."""

@@ -26,6 +26,10 @@ def labels(text, shared=None):
         ("reference:2:token", ["reference:2:token"]),
         ("reference:2.5:4.0", ["reference:2.5", "reference:4"]),
         ("reference:2:skip_layers=[0,1],hqq:2", ["reference:2:skip_layers=[0,1]", "hqq:2"]),
+        (
+            'reference:2:layers={"0":{"nbits":8},"2-3":{"backend":"hqq"}}:token,hqq:2',
+            ['reference:2:token:layers={"0":{"nbits":8},"2-3":{"backend":"hqq"}}', "hqq:2"],
+        ),
         ("reference:2:axis_key=token:sink_length=4", ["reference:2:axis_key=token:sink_length=4"]),
         ("kivi-2,kivi-4:sink_length=4", ["kivi-2", "kivi-4:sink_length=4"]),
         ("transformers:quanto:4:2", ["transformers:quanto:4", "transformers:quanto:2"]),
@@ -154,10 +158,10 @@ def filled(candidate, tokens=96):
 @pytest.mark.parametrize(
     ("text", "bits"),
     [
-        ("reference:2:group_size=16:residual_length=0", 2 + 32 / 16),
+        ("reference:2:group_size=16:residual_length=0:smoothing_key=false:smoothing_value=false:scale_bits=16", 4),
         ("reference:4:axis_key=token:group_size=16:residual_length=0", 4 + 32 / 16),
         ("reference:8:group_size=8:residual_length=40", 8 + 32 / 8),
-        ("reference:2.5:group_size=8:residual_length=0", 2.5 + 32 / 8),
+        ("reference:2.5:group_size=8:residual_length=0:smoothing_key=false:smoothing_value=false:scale_bits=16", 6.5),
         ("transformers:quanto:4:group_size=64", 4 + 2 * 32 / 64),  # a scale and a shift, in the type of the states
         ("transformers:hqq:2:group_size=64", 2 + 2 * 32 / 64),
         ("transformers:fp8", 8),

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvquant.errors import JournalSettingsError, MalformedLineError, OptionValueError, OutOfMemoryError
-from kvquant.evaluation.journal import Journal, is_out_of_memory
+from kvquant.evaluation.failures import is_out_of_memory
+from kvquant.evaluation.journal import Journal
 
 SETTINGS = {"model": {"weights": "ab12", "dtype": "float32"}, "contexts": (512, 1024), "seed": 0}
 

@@ -107,6 +107,12 @@ def reported(cache):
     return MemoryReport(tuple(memory_of(index, layer) for index, layer in enumerate(cache.layers)))
 
 
+def test_numbers_in_an_option_are_no_bits():
+    """Those of layers are for layers; a cache that names no other gets all widths."""
+    labels = [one.label for one in candidates('bitsandbytes:layers={"0":{"nbits":4}}')]
+    assert labels == ["full", *(f'bitsandbytes:{nbits}:layers={{"0":{{"nbits":4}}}}' for nbits in (8, 4))]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_plan_is_what_a_model_fills_its_cache_with(tmp_path, kind):
     """To the byte and part by part, full precision too, for every kind of layer; and so are the weights."""

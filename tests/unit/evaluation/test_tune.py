@@ -15,14 +15,17 @@ from transformers import PreTrainedConfig
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.demo import HELDOUT_FILE, MODEL_DIR
-from kvquant.engine.config import CacheConfig
+from kvquant.engine.config import PRESETS, CacheConfig
 from kvquant.engine.settings import layer_settings
 from kvquant.errors import OptionValueError, UnsupportedError
+from kvquant.evaluation.candidates import body_bits
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import load_model
+from kvquant.evaluation.perplexity import cut
 from kvquant.evaluation.planning.model import model_shape
 from kvquant.evaluation.planning.sizes import cache_sizes
+from kvquant.evaluation.teacher import forced_logits
 from kvquant.evaluation.tuning import tune as tuning
 from kvquant.evaluation.tuning.assignment import ROUNDING, Costs, mean_bits, solve, trade_off
 from kvquant.evaluation.tuning.budget import Memory, memory_budget, said_budget
@@ -33,7 +36,8 @@ from kvquant.evaluation.tuning.text import split
 from kvquant.evaluation.tuning.tune import TuneOptions
 from tests.unit.evaluation import measured
 
-BASE = "reference:residual_length=32"
+#: At every width as at 4 bits, so that bits are easily told.
+BASE = "reference:residual_length=32:smoothing_key=false:smoothing_value=false:scale_bits=16:scale=range"
 WIDTHS = (1, 2, 4, 8)
 
 # ------------------------------------------------------------------------------------------------ the solver
@@ -102,7 +106,7 @@ def model_config(layers: int = 4) -> PreTrainedConfig:
 @given(widths=st.lists(st.tuples(*[st.sampled_from(WIDTHS)] * 2), min_size=1, max_size=9))
 def test_a_config_gives_every_layer_its_widths(widths: list[tuple[int, int]]) -> None:
     """Through YAML and JSON, whatever they are, and layers that are alike stand together."""
-    space = find_space(tuning_options(f"{BASE}:scale=error"), WIDTHS, model_config(len(widths)))
+    space = find_space(tuning_options(BASE), WIDTHS, model_config(len(widths)))
     assignment = {
         Stream(at, name): pair[name == "value"] for at, pair in enumerate(widths) for name in ("key", "value")
     }
@@ -110,7 +114,7 @@ def test_a_config_gives_every_layer_its_widths(widths: list[tuple[int, int]]) ->
     for read in (CacheConfig.from_yaml(config.to_yaml()), CacheConfig.from_json(config.to_json())):
         made = [layer_settings(read, layer) for layer in range(len(widths))]
         assert [(one.key.nbits, one.value.nbits) for one in made] == widths
-        assert all(one.key.options == {"scale": "error"} and one.residual_length == 32 for one in made)
+        assert all(one.key.options == {"scale": "range"} and one.residual_length == 32 for one in made)
     assert len(config.layers) == len(set(widths)) - 1
 
 
@@ -121,6 +125,10 @@ def test_the_widths_are_those_that_the_backend_has() -> None:
     fewer = find_space(tuning_options("balanced"), parse_widths("2, 4"), model_config())
     assert (fewer.widths, fewer.widest, fewer.layers) == ((2, 4), 8, (0, 1, 2, 3))
     assert fewer.options["sink_length"] == 4
+    everything = find_space(tuning_options("reference"), None, model_config())
+    assert everything.widths == (1, 2, 3, 4, 8)  # whole ones
+    mixed = find_space(tuning_options("reference"), parse_widths("2,2.5"), model_config())
+    assert mixed.widths == (2, 2.5)
     with pytest.raises(OptionValueError, match=r"widths=3 .* widths that quanto has with these options: 2, 4, 8"):
         find_space(tuning_options("quanto"), (2, 3), model_config())
     with pytest.raises(UnsupportedError, match="none of its layers is quantised"):
@@ -135,13 +143,25 @@ def test_the_widths_are_those_that_the_backend_has() -> None:
         ("reference,hqq", "one backend of kvquant"),
         ("full", "one backend of kvquant"),
         ("transformers:quanto", "a cache of kvquant's"),
-        ('reference:layers={"0":{"group_size":32}}', "layers="),
+        ('reference:layers={"0":{"group_size":32}}', "layers={.*expected none: options by layer are what"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(text: str, message: str) -> None:
     """One cache of kvquant's, without bits and without options by layer."""
     with pytest.raises(OptionValueError, match=message):
         tuning_options(text)
+
+
+def test_what_is_said_of_all_caches_goes_before_the_default() -> None:
+    """And not before what a user says of this one."""
+    shared = {"group_size": 32, "axis_key": None, "residual_length": 16}
+    options = tuning_options(None, shared)
+    assert (options["group_size"], options["residual_length"], options["axis_key"]) == (32, 16, "channel")
+    assert (options["sink_length"], options["options"]) == (4, {"scale": "error"})
+    assert not {"nbits", "nbits_key", "nbits_value"} & set(options)
+    assert tuning_options("smallest", shared)["group_size"] == PRESETS["smallest"]["group_size"]
+    with pytest.raises(OptionValueError, match="group_size=0 cannot work"):
+        tuning_options(None, {"group_size": 0})
 
 
 @pytest.mark.parametrize("text", ["", "2", "2,2", "1,x", "0,2", "-1,2"])
@@ -192,11 +212,11 @@ def demo():
 
 
 @functools.cache
-def stored():
+def stored(base: str | None = BASE, *, tables: bool = True):
     loaded, text = demo()
-    space = find_space(tuning_options(BASE), (1, 2, 4), loaded.model.config)
-    tuned, _ = split(text, loaded.prefix, 256, 128, 1, 2)
-    return space, stored_bits(loaded, space, tuned.tokens[:, :128])
+    space = find_space(tuning_options(base), (1, 2, 4), loaded.model.config)
+    window = cut(text, loaded.prefix, 512, 256, 1).tokens[:, :512]
+    return space, stored_bits(loaded, space, window, 256, tables=tables)
 
 
 def test_bits_are_those_of_the_caches_themselves() -> None:
@@ -205,6 +225,20 @@ def test_bits_are_those_of_the_caches_themselves() -> None:
     assert found.bits.shape == (len(space.streams), 3)
     assert found.bits.tolist() == [[1.5, 2.5, 4.5]] * len(space.streams)
     assert np.ptp(found.numbers) == 0
+
+
+@pytest.mark.parametrize("base", [None, "reference", "lloydmax:residual_length=32"])
+def test_a_budget_is_of_what_a_whole_window_stores(base: str | None) -> None:
+    """Tables are there once, however many tokens there are: what is predicted is what the cache has in the end."""
+    loaded, text = demo()
+    space, found = stored(base)
+    shares = found.numbers / found.numbers.sum()
+    window = cut(text, loaded.prefix, 512, 256, 1).tokens[:, :512]
+    for at, width in enumerate(space.widths):
+        cache = space.candidate(space.uniform(width, width)).make(loaded.model.config)
+        for _ in forced_logits(loaded.model, cache, window, 256):
+            pass
+        assert shares @ found.bits[:, at] == pytest.approx(body_bits(cache), rel=1e-9)
 
 
 @pytest.mark.parametrize("budget", [1.4, 4.6])
@@ -217,15 +251,20 @@ def test_a_budget_that_no_assignment_meets_is_refused(budget: float) -> None:
 
 
 @pytest.mark.parametrize("context", [300, 2000])
-def test_what_memory_leaves_is_what_the_plan_says(context: int) -> None:
-    """The best assignment that it allows fits, one more bit for one stream does not."""
-    space, found = stored()
+@pytest.mark.parametrize(("base", "bits"), [(BASE, 2.5), (None, 2.25)])
+def test_what_memory_leaves_is_what_the_plan_says(base: str | None, bits: float, context: int) -> None:
+    """The best assignment that it allows fits, one more bit for one stream does not; whatever smooths channels."""
+    space, found = stored(base, tables=False)
     model = model_shape(str(MODEL_DIR), dtype="float32", batch=2)
     uniform = space.candidate(space.uniform(2, 2))
     needed = cache_sizes(uniform, model, 256 if context > 256 else 1, torch.device("cpu")).most(context)
     memory = Memory(model, model.weights.nbytes + needed + 1000, context, overhead=1000)
     budget = memory_budget(memory, space, found)
-    assert budget.bits == pytest.approx(2.5, rel=1e-6)
+    assert budget.bits == pytest.approx(bits, rel=0.01)
+    costs = Costs(budget.shares, found.bits, -np.arange(3.0) * np.ones((len(space.streams), 1)))
+    choice = solve(costs, budget.bits).choice
+    best = {stream: space.widths[at] for stream, at in zip(space.streams, choice, strict=True)}
+    assert memory.takes(space, best) <= memory.free
     assert memory.takes(space, space.uniform(2, 2)) <= memory.free
     more = space.alone(space.streams[0], 4) | dict.fromkeys(space.streams[1:], 2)
     assert memory.takes(space, more) > memory.free
@@ -234,7 +273,7 @@ def test_what_memory_leaves_is_what_the_plan_says(context: int) -> None:
 
 def test_memory_that_is_too_small_says_how_much_is_needed() -> None:
     """For weights, and for the smallest cache; with more than any cache takes the largest is the budget."""
-    space, found = stored()
+    space, found = stored(tables=False)
     model = model_shape(str(MODEL_DIR), dtype="float32")
     with pytest.raises(OptionValueError, match=r"memory='.*' cannot work: expected at least .* for 2,000 tokens"):
         memory_budget(Memory(model, model.weights.nbytes, 2000), space, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvquant.evaluation.notation import written
 from kvquant.evaluation.page.commands import evaluation_options, settings_of
 from kvquant.evaluation.page.parts import Cell, Column, Group, Table, estimate, number, plural, shortened, tokens
 from kvquant.evaluation.reports import ReportFile
@@ -93,4 +94,6 @@ def _written(base: dict[str, Any]) -> str:
     """Return the options of a cache as they are typed."""
     details = {**{name: value for name, value in base.items() if name not in ("backend", "options")}}
     details |= base.get("options", {})
-    return ":".join([base.get("backend", "reference"), *(f"{name}={value}" for name, value in details.items())])
+    return ":".join(
+        [base.get("backend", "reference"), *(f"{name}={written(value)}" for name, value in details.items())]
+    )
