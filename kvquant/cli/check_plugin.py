@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kvquant.cli.console import console, progress_bar
-from kvquant.cli.describe import clean, quietly
-from kvquant.errors import origin
+from kvquant.cli.describe import clean, kind_of, kind_option, quietly
+from kvquant.errors import listing, origin
 from kvquant.testing.outcomes import TransformReport
 
 if TYPE_CHECKING:
@@ -20,11 +20,7 @@ _STYLES = {"passed": "green", "failed": "red", "not applicable": "dim"}
 
 @click.command("check-plugin")
 @click.argument("name")
-@click.option(
-    "--kind",
-    type=click.Choice(["backend", "transform"]),
-    help="Which of the two, where both have that name.  [default: the backend, where there is one]",
-)
+@kind_option
 @click.option("--nbits", metavar="N[,N...]", help="Widths to check.  [default: all that the backend declares]")
 @click.option(
     "--option",
@@ -50,7 +46,7 @@ def check_plugin(
     Exit code 1 if a check fails. Where several distributions have one of that name, NAME is "distribution:name".
     """
     report: Report | TransformReport
-    if (kind or _kind(name)) == "transform":
+    if (kind or kind_of(name)) == "transform":
         if nbits is not None or options:
             raise click.UsageError("--nbits and --option are for backends; a transform has none.")
         report = _transform_report(name, checks, quiet=as_json)
@@ -62,24 +58,6 @@ def check_plugin(
         _show(report)
     if not report.ok:
         ctx.exit(1)
-
-
-def _kind(name: str) -> str:
-    """Return the kind of the plugin; of a name that nothing has, "backend"."""
-    from kvquant import registry
-    from kvquant.errors import DuplicateTransformError, UnknownBackendError, UnknownTransformError
-
-    try:
-        quietly(lambda: registry.find_backend(name))
-    except UnknownBackendError:
-        try:
-            quietly(lambda: registry.find_transform(name))
-        except UnknownTransformError:
-            return "backend"
-        except DuplicateTransformError:
-            return "transform"
-        return "transform"
-    return "backend"
 
 
 def _backend_report(
@@ -109,10 +87,9 @@ def _transform_report(name: str, checks: tuple[str, ...], *, quiet: bool) -> Tra
 def _title(report: Report | TransformReport) -> str:
     origin_text = clean(origin(report.distribution, report.version))
     if isinstance(report, TransformReport):
-        return f"{clean(report.transform)}, from {origin_text}, for heads of {', '.join(map(str, report.head_dims))}"
+        return f"{clean(report.transform)}, from {origin_text}, for heads of {listing(report.head_dims)}"
     chosen = "".join(f", {option}={value}" for option, value in report.options.items())
-    widths = ", ".join(map(str, report.nbits))
-    return f"{clean(report.backend)}, from {origin_text}, at {widths} bits{clean(chosen)}"
+    return f"{clean(report.backend)}, from {origin_text}, at {listing(report.nbits)} bits{clean(chosen)}"
 
 
 def _show(report: Report | TransformReport) -> None:

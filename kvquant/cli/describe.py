@@ -5,18 +5,30 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import click
+
+from kvquant import registry
 from kvquant.cli.console import console
+from kvquant.errors import UnknownBackendError, UnknownTransformError
 from kvquant.plugin.spec import Requirement
 from kvquant.registry import Backend, TransformPlugin
 from kvquant.registry.availability import installed_version
 from kvquant.registry.found import Found
 from kvquant.registry.guard import one_line
+from kvquant.registry.kinds import BACKEND, TRANSFORM, S, Spec
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Found[Any])
 Facts = dict[str, object]
+
+#: The option of commands that take the name of a plugin of either kind; see `kind_of`.
+kind_option = click.option(
+    "--kind",
+    type=click.Choice([BACKEND.name, TRANSFORM.name]),
+    help="Which of the two, where both have that name.  [default: the backend, where there is one]",
+)
 
 #: How a table shows what cannot be used.
 STYLES = {"missing": "yellow", "blocked": "yellow", "incompatible": "red", "broken": "red", "duplicate": "red"}
@@ -28,11 +40,22 @@ def quietly(look_up: Callable[[], T]) -> T:
         return look_up()
 
 
+def kind_of(name: str) -> Literal["backend", "transform"]:
+    """Return the kind of the plugin of that name: "backend" where both kinds have it, or none; imports no plugin."""
+    try:
+        registry.check_backend_name(name)
+    except UnknownBackendError:
+        with contextlib.suppress(UnknownTransformError):
+            registry.check_transform_name(name)
+            return "transform"
+    return "backend"
+
+
 def facts(backend: Backend) -> Facts:
     """Return all that is known of a backend; null where nothing is, as of a broken one's capabilities."""
     spec = backend.spec
     capabilities = spec.capabilities if spec else None
-    known = _found_facts(backend)
+    known = _found_facts(backend, BACKEND.name)
     known["requires"] = [_requirement(requirement) for requirement in spec.requires] if spec else None
     sequences = ("nbits", "axes", "group_sizes", "devices", "dtypes", "formats")
     for name in sequences:
@@ -48,12 +71,14 @@ def facts(backend: Backend) -> Facts:
 
 def transform_facts(transform: TransformPlugin) -> Facts:
     """Return all that is known of a transform; null where nothing is."""
-    return _found_facts(transform)
+    return _found_facts(transform, TRANSFORM.name)
 
 
-def _found_facts(found: Found[Any]) -> Facts:
-    spec, state = found.spec, found.availability
+def _found_facts(found: Found[S], kind: str) -> Facts:
+    spec: Spec | None = found.spec
+    state = found.availability
     return {
+        "kind": kind,
         "name": found.name,
         "version": found.version or None,
         "distribution": found.distribution,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -12,8 +11,8 @@ import click
 
 from kvquant import registry
 from kvquant.attention.kernels import describe
-from kvquant.cli.describe import clean, facts, quietly, status_word, transform_facts
-from kvquant.errors import UnknownBackendError, UnknownTransformError, origin
+from kvquant.cli.describe import clean, facts, kind_of, kind_option, quietly, status_word, transform_facts
+from kvquant.errors import listing, origin
 from kvquant.plugin.spec import BackendSpec, Requirement
 from kvquant.registry import Backend, TransformPlugin
 from kvquant.registry.availability import installed_version, requirement_text
@@ -21,14 +20,14 @@ from kvquant.registry.availability import installed_version, requirement_text
 
 @click.command()
 @click.argument("name")
+@kind_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
-def info(name: str, as_json: bool) -> None:
+def info(name: str, kind: str | None, as_json: bool) -> None:
     """Show everything about the backend or transform NAME: what it can do, and whether it can be used here.
 
-    Where several distributions have one of that name, NAME is "distribution:name". Where a backend and a transform
-    have it, the backend is shown.
+    Where several distributions have one of that name, NAME is "distribution:name".
     """
-    found = quietly(lambda: _find(name))
+    found = quietly(lambda: _find(name, kind or kind_of(name)))
     if as_json:
         click.echo(json.dumps(facts(found) if isinstance(found, Backend) else transform_facts(found), indent=2))
         return
@@ -50,19 +49,14 @@ def info(name: str, as_json: bool) -> None:
     click.echo(page.getvalue().rstrip())
 
 
-def _find(name: str) -> Backend | TransformPlugin:
-    try:
-        return registry.find_backend(name)
-    except UnknownBackendError:
-        with contextlib.suppress(UnknownTransformError):
-            return registry.find_transform(name)
-        raise
+def _find(name: str, kind: str) -> Backend | TransformPlugin:
+    return registry.find_backend(name) if kind == "backend" else registry.find_transform(name)
 
 
 def _spec_rows(spec: BackendSpec) -> list[tuple[str, str]]:
     can = spec.capabilities
     return [
-        ("requires", _items(map(_requirement, spec.requires), none="nothing")),
+        ("requires", _items(map(_requirement, spec.requires)) if spec.requires else "nothing"),
         ("bits", _items(can.nbits)),
         ("axes", _items(can.axes)),
         ("integer axes", _items(f"{number} = {axis}" for number, axis in can.axis_aliases.items())),
@@ -82,8 +76,8 @@ def _attention(formats: tuple[str, ...]) -> str:
     return f"{describe()} on the CPU; torch elsewhere"
 
 
-def _items(values: Iterable[object], none: str = "none") -> str:
-    return ", ".join(map(clean, values)) or none
+def _items(values: Iterable[object]) -> str:
+    return listing(map(clean, values))
 
 
 def _requirement(requirement: Requirement) -> str:

@@ -10,6 +10,7 @@ import click
 
 from kvquant import registry
 from kvquant.cli.describe import facts, print_found, quietly
+from kvquant.errors import listing
 from kvquant.registry import Backend
 
 
@@ -31,7 +32,7 @@ def _cells(backend: Backend) -> tuple[str, ...]:
     if backend.spec is None:
         return ("-", "-", "-")
     can = backend.capabilities
-    return (_ranges(can.nbits), ", ".join(can.axes), ", ".join(can.formats))
+    return (_ranges(can.nbits), listing(can.axes), listing(can.formats))
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -42,4 +43,4 @@ def _ranges(numbers: Sequence[int]) -> str:
         runs[-1].append(number)
         if following != number + 1:
             runs.append([])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs if run)
+    return listing(f"{run[0]}-{run[-1]}" if len(run) > 2 else listing(run) for run in runs if run)

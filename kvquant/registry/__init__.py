@@ -12,6 +12,7 @@ from kvquant.registry.found import IN_PROCESS
 from kvquant.registry.public import (
     ALLOW_VARIABLE,
     BLOCK_VARIABLE,
+    check_backend_name,
     check_transform_name,
     find_backend,
     find_transform,
@@ -32,6 +33,7 @@ __all__ = [
     "Availability",
     "Backend",
     "TransformPlugin",
+    "check_backend_name",
     "check_transform_name",
     "find_backend",
     "find_transform",

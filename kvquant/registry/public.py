@@ -53,6 +53,18 @@ def find_backend(name: str) -> Backend:
     return BACKENDS.find(name)
 
 
+def check_backend_name(name: str) -> None:
+    """Do nothing if a backend of that name is installed or registered, usable or not; imports nothing of it.
+
+    Args:
+        name: as for `get_backend`.
+
+    Raises:
+        UnknownBackendError, OptionValueError: as for `get_backend`.
+    """
+    BACKENDS.check_name(name)
+
+
 def list_backends() -> list[Backend]:
     """Return every backend, usable or not, sorted by name; imports plugins' light modules, not their libraries.
 

@@ -28,7 +28,8 @@ class Outcome:
         status: ``"passed"``, ``"failed"`` or ``"not applicable"``.
         reason: of a failure: the first case that failed, what happened, and how many did. Of a check that does not
             apply: why. Of one that passed: what was left out, if anything.
-        cases: combinations of bits, axis, group size, type and device that were tried.
+        cases: how many were tried: combinations of bits, axis, group size, type and device, or of head size, type and
+            device of a transform; 1 where the check is of the plugin itself.
         seconds: how long it took.
     """
 
@@ -101,6 +102,7 @@ class Report(_Outcomes):
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain builtins, as ``kvquant check-plugin --json`` prints it."""
         return {
+            "kind": "backend",
             "backend": self.backend,
             "distribution": self.distribution,
             "version": self.version or None,
@@ -135,6 +137,7 @@ class TransformReport(_Outcomes):
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain builtins, as ``kvquant check-plugin --json`` prints it."""
         return {
+            "kind": "transform",
             "transform": self.transform,
             "distribution": self.distribution,
             "version": self.version or None,

@@ -15,11 +15,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one test of each check, for the backend or the transform that the command line names."""
     given = metafunc.config.getoption
     backend, transform = given("--kvquant-backend"), given("--kvquant-transform")
-    if bool(backend) == bool(transform):
+    if not backend and not transform:
         raise pytest.UsageError(
             "which plugin? Add --kvquant-backend NAME ('kvquant list-backends' shows them) or --kvquant-transform NAME "
             "('kvquant list-transforms')."
         )
+    if backend and transform:
+        raise pytest.UsageError("one plugin a run: either --kvquant-backend or --kvquant-transform, and not both.")
+    if transform and (given("--kvquant-nbits") is not None or given("--kvquant-option")):
+        raise pytest.UsageError("--kvquant-nbits and --kvquant-option are for backends; a transform has none.")
     try:
         if transform:
             make_transform_subject(transform)  # so that a wrong name is one error, and not one a check

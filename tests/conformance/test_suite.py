@@ -63,6 +63,22 @@ def test_the_suite_asks_which_plugin(tmp_path: Path) -> None:
     assert "which plugin? Add --kvquant-backend NAME (" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--kvquant-backend", "reference", "--kvquant-transform", "hadamard"), "one plugin a run: either --kvquant-b"),
+        (("--kvquant-transform", "hadamard", "--kvquant-nbits", "4"), "are for backends; a transform has none"),
+        (("--kvquant-transform", "hadamard", "--kvquant-option", "a=1"), "are for backends; a transform has none"),
+    ],
+    ids=["both", "nbits", "option"],
+)
+def test_the_suite_refuses_what_it_would_have_to_ignore(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    """Which looked as though it had been checked."""
+    done = pytest_in(tmp_path, "--pyargs", "kvquant.testing", *arguments, "--collect-only")
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+
+
 def test_a_plugin_s_own_tests_run_the_kit(tmp_path: Path) -> None:
     """parametrize_checks makes a test of each check; a backend that is not there fails, and is no reason to skip."""
     (tmp_path / "test_mine.py").write_text(

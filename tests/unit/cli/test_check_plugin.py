@@ -39,6 +39,7 @@ def test_json(kvquant: Run, install: Callable[..., None]) -> None:
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert (report["backend"], report["distribution"], report["version"]) == ("careful", "kvquant-careful", "1.0")
+    assert report["kind"] == "backend"
     assert (report["nbits"], report["options"], report["ok"]) == ([2], {"ends": "open"}, True)
     assert {check["status"] for check in report["checks"]} == {"passed", "not applicable"}
     assert set(report["checks"][0]) == {"check", "title", "status", "reason", "cases", "seconds"}
@@ -85,6 +86,7 @@ def test_the_kind_can_be_said(kvquant: Run, install: Callable[..., None]) -> Non
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert (report["transform"], report["distribution"]) == ("reverse", "kvquant-good-transform")
+    assert report["kind"] == "transform"
     assert [check["check"] for check in report["checks"]] == ["input"]
     refused = kvquant("check-plugin", "hadamard", "--nbits", "4")
     assert refused.exit_code == 2

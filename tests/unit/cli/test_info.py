@@ -80,6 +80,25 @@ def test_json(kvquant, install):
     assert one in json.loads(kvquant("list-backends", "--json").stdout)
 
 
+def test_the_kind_can_be_said(kvquant, install):
+    """Where a backend and a transform have the same name; unsaid, it is the backend."""
+    install("good_transform")
+    assert json.loads(kvquant("info", "reverse", "--json").stdout)["kind"] == "backend"
+    result = kvquant("info", "reverse", "--kind", "transform", "--json")
+    one = json.loads(result.stdout)
+    assert (result.exit_code, one["kind"], one["summary"]) == (0, "transform", "Channels in reverse order")
+    assert "unknown transform 'reference'" in kvquant("info", "reference", "--kind", "transform").stderr
+
+
+def test_two_transforms_of_one_name(kvquant, install):
+    """Are an error that says how to choose, in either command."""
+    install("good_transform", "twin_transform")
+    for arguments in (("info", "reverse", "--kind", "transform"), ("check-plugin", "reverse", "--kind", "transform")):
+        result = kvquant(*arguments)
+        assert result.exit_code == 1
+        assert "choose one by writing 'kvquant-good-transform:reverse' or 'kvquant-twin-tr" in result.stderr
+
+
 def test_a_plugin_gives_no_orders_to_the_terminal(kvquant, install):
     """Control characters in what it says of itself are left out."""
     install("noisy")

@@ -62,6 +62,7 @@ def test_json(kvquant, install):
     install(*PLUGINS)
     found = {entry["name"]: entry for entry in json.loads(kvquant("list-backends", "--json").stdout)}
     assert found["good"] == {
+        "kind": "backend",
         "name": "good",
         "version": "1.2",
         "distribution": "kvquant-good",

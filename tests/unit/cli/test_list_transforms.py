@@ -23,6 +23,7 @@ def test_json(kvquant, install):
     install("good_transform", "broken_transforms")
     found = {entry["name"]: entry for entry in json.loads(kvquant("list-transforms", "--json").stdout)}
     assert found["reverse"] == {
+        "kind": "transform",
         "name": "reverse",
         "version": "2.1",
         "distribution": "kvquant-good-transform",
@@ -50,4 +51,5 @@ def test_everything_about_one(kvquant):
     assert result.stdout.startswith("hadamard, Walsh-Hadamard transform")
     assert "url           https://arxiv.org/abs/2404.00456" in result.stdout
     assert json.loads(kvquant("info", "hadamard", "--json").stdout)["distribution"] == "kvquant"
+    assert json.loads(kvquant("info", "hadamard", "--json").stdout)["kind"] == "transform"
     assert "unknown backend 'hadamart'" in kvquant("info", "hadamart").stderr
