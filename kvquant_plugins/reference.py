@@ -7,8 +7,9 @@ Each row takes the ``2**nbits`` evenly spaced levels between its smallest and it
 which is the group quantisation of KIVI (Liu et al. 2024, https://arxiv.org/abs/2402.02750, section 3). Every number
 comes back within half a step, ``scale / 2``, up to rounding in the floating type of `scale`.
 
-With the option ``scale="error"`` the levels lie where the squared error of the row is small instead; see
-`_least_error`. Few numbers are near the ends of a row's range, and the fewer the bits, the more that range costs.
+With the option ``scale="error"``, the default below 4 bits, the levels lie where the squared error of the row is small
+instead; see `_least_error`. Few numbers are near the ends of a row's range, and the fewer the bits, the more that range
+costs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from kvquant.plugin import BackendSpec, Capabilities, QuantizedRows, Scheme, hoo
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Below this width the levels are searched for, where the user does not say.
+_LOW_BITS = 4
 #: Shares of a row's range that the search begins with: all of it, and about what is best for normal numbers at 2 bits.
 _STARTS = (1.0, 0.7)
 #: Rounds of the search from each. A round more lowers the error of normal numbers by some 2 % at 2 bits.
@@ -50,7 +53,7 @@ class ReferenceQuantizer:
 
     @property
     def _scale(self) -> object:
-        return self.scheme.options.get("scale", "range")
+        return self.scheme.options.get("scale", "error" if self.scheme.nbits < _LOW_BITS else "range")
 
     def quantize(self, rows: Tensor) -> QuantizedRows:
         """Quantise each row to ``codes * scale + offset``.
@@ -162,9 +165,12 @@ def kvquant_register_backends() -> list[BackendSpec]:
             capabilities=Capabilities(
                 nbits=(1, 2, 3, 4, 8),
                 dtypes=("float32", "float16", "bfloat16", "float64"),
-                options={"scale": "range (smallest to largest number; the default) or error (least squared error)"},
+                options={
+                    "scale": "range (smallest to largest number; the default from 4 bits on) or error (least squared"
+                    " error; the default below)"
+                },
             ),
-            summary="Asymmetric min/max quantisation in plain torch (as in KIVI); needs nothing installed",
+            summary="Asymmetric affine quantisation in plain torch (as in KIVI); needs nothing installed",
             url="https://arxiv.org/abs/2402.02750",
         )
     ]

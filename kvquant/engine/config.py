@@ -22,11 +22,11 @@ from kvquant.errors import OptionValueError, UnknownOptionError
 
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-_KIVI_AXES = {"axis_key": "channel", "axis_value": "token"}
+_AXES = {"axis_key": "channel", "axis_value": "token"}
 #: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks, smoothed channels, rotated
 #: values, scales by error and in bytes; bits go to keys first.
 _MEASURED = {
-    **_KIVI_AXES,
+    **_AXES,
     "group_size": 64,
     "residual_length": 128,
     "sink_length": 4,
@@ -36,6 +36,15 @@ _MEASURED = {
     "scale_bits": 8,
 }
 _BY_ERROR = {"options": {"scale": "error"}}
+_KIVI = {
+    **_AXES,
+    "group_size": 32,
+    "residual_length": 128,
+    "smoothing_key": False,
+    "smoothing_value": False,
+    "scale_bits": 16,
+    "options": {"scale": "range"},
+}
 
 #: Named settings. KIVI's are those of its paper (arXiv 2402.02750, section 4.1): group 32, a window of 128 tokens.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,9 +53,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED, **_BY_ERROR},
     "balanced": {"nbits": 4, **_MEASURED, **_BY_ERROR},
     "accurate": {"nbits": 4, "nbits_key": 8, "nbits_value": 4, **_MEASURED, "scale_bits": 16},
-    "kivi-2": {"nbits": 2, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
-    "kivi-4": {"nbits": 4, **_KIVI_AXES, "group_size": 32, "residual_length": 128},
-    "int8": {"nbits": 8, **_KIVI_AXES, "group_size": 64, "residual_length": 64},
+    "kivi-2": {"nbits": 2, **_KIVI},
+    "kivi-4": {"nbits": 4, **_KIVI},
+    "int8": {"nbits": 8, **_AXES, "group_size": 64, "residual_length": 64},
 }
 
 
@@ -67,9 +76,11 @@ class CacheConfig:
             ``kvquant list-transforms`` shows it; None for none. Rotations (``"hadamard"``, ``"random"``) spread outlier
             channels, which helps keys on the token axis most.
         smoothing_key, smoothing_value: whether channels are centred, and outlier channels scaled down, by what the
-            first quantised block says of them (see `kvquant.transforms.smoothing`).
+            first quantised block says of them (see `kvquant.transforms.smoothing`). None smooths what has less than 4
+            bits.
         scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see
-            `kvquant.engine.scales`); a scale that needs more gets more.
+            `kvquant.engine.scales`); a scale that needs more gets more. None takes 8 for what has less than 4 bits,
+            and 16 for all else.
         outlier_share: share of the quantised tokens, up to a half, whose states are kept exact beside their codes: in
             each block, of each head, those that quantisation harms most; one of a block at least. 0 for none. They are
             read in `compute_dtype`.
@@ -107,9 +118,9 @@ class CacheConfig:
     group_size_value: int | None = None
     rotation_key: str | None = None
     rotation_value: str | None = None
-    smoothing_key: bool = False
-    smoothing_value: bool = False
-    scale_bits: int = 16
+    smoothing_key: bool | None = None
+    smoothing_value: bool | None = None
+    scale_bits: int | None = None
     outlier_share: float = 0.0
     residual_length: int = 128
     sink_length: int = 0

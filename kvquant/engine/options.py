@@ -101,10 +101,10 @@ def check_layer_options(options: Mapping[str, Any], prefix: str = "") -> None:
             raise OptionValueError(name, value, "a whole number above 0, or None to have it chosen")
         if option.startswith("rotation") and value is not None:
             _check_transform(name, value)
-        if option.startswith("smoothing") and not isinstance(value, bool):
-            raise OptionValueError(name, value, "True or False")
-        if option == "scale_bits" and not is_int(value, SCALE_BITS):
-            raise OptionValueError(name, value, f"one of {', '.join(map(str, SCALE_BITS))}")
+        if option.startswith("smoothing") and value is not None and not isinstance(value, bool):
+            raise OptionValueError(name, value, "True or False, or None to have it chosen")
+        if option == "scale_bits" and value is not None and not is_int(value, SCALE_BITS):
+            raise OptionValueError(name, value, f"one of {', '.join(map(str, SCALE_BITS))}, or None to have it chosen")
         if option == "outlier_share" and not (is_number(value) and 0 <= value <= MOST_KEPT):
             raise OptionValueError(name, value, f"a share of the tokens, from 0 to {MOST_KEPT}")
         if option.endswith("_length") and not (is_int(value) and value >= 0):

@@ -21,6 +21,10 @@ from kvquant.transforms.heads import HeadTransform, head_transform
 
 DEFAULT_GROUP_SIZE = 64
 
+#: Below this width channels are smoothed and scales stored in bytes, where the user does not say: together they take
+#: more than half of what two bits cost, and little of what four bits do (docs/quality.md).
+LOW_BITS = 4
+
 #: Formats in which the halves of a head's channels can have widths of their own.
 MIXED_FORMATS = {"affine", "codebook"}
 
@@ -160,17 +164,18 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
     streams = []
     for stream in ("key", "value"):
         nbits, group_size = options[f"nbits_{stream}"], options[f"group_size_{stream}"]
-        rotation = options[f"rotation_{stream}"]
+        rotation, smooths = options[f"rotation_{stream}"], options[f"smoothing_{stream}"]
+        nbits = options["nbits"] if nbits is None else nbits
         settings = StreamSettings(
             stream=stream,
             where="" if layer is None else f"layer {layer}",
             backend=backend,
-            nbits=options["nbits"] if nbits is None else nbits,
+            nbits=nbits,
             axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
             group_size=options["group_size"] if group_size is None else group_size,
             transform=None if rotation is None else get_transform(rotation),
-            smooths=options[f"smoothing_{stream}"],
-            scale_bits=options["scale_bits"],
+            smooths=nbits < LOW_BITS if smooths is None else smooths,
+            scale_bits=options["scale_bits"] or (8 if nbits < LOW_BITS else 16),
             options=options["options"],
         )
         scheme = settings.scheme(dtype=config.compute_dtype)

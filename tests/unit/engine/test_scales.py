@@ -112,7 +112,8 @@ def test_rows_that_bytes_would_harm_do_not_fit(rows: torch.Tensor) -> None:
 @pytest.mark.parametrize(("group", "bits"), [(32, 0.5), (64, 0.25)])
 def test_groups_pay_a_byte_for_scale_and_offset_each(group: int, bits: float) -> None:
     """Half a bit for groups of 32."""
-    layer = QuantizedLayer(CacheConfig(nbits=2, group_size=group, scale_bits=8, residual_length=0), 0)
+    only = {"smoothing_key": False, "smoothing_value": False}
+    layer = QuantizedLayer(CacheConfig(nbits=2, group_size=group, scale_bits=8, residual_length=0, **only), 0)
     states = torch.randn(1, 2, 640, 64)
     layer.update(states, states)
     assert layer.memory().bits_per_element == 2 + bits

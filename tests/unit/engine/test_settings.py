@@ -171,3 +171,30 @@ def test_a_value_that_a_backend_refuses_is_refused_at_construction(backend):
     settings_for(backend=name, options={"tries": 9})
     with pytest.raises(BackendFactoryError, match="tries='many' cannot work: expected a number from 0 to 9"):
         settings_for(backend=name, options={"tries": "many"})
+
+
+@pytest.mark.parametrize(("nbits", "low"), [(1, True), (2, True), (3, True), (3.5, True), (4, False), (8, False)])
+def test_few_bits_are_smoothed_and_their_scales_are_bytes(nbits, low):
+    """Each stream by its own width."""
+    settings = settings_for(nbits=4, nbits_value=nbits)
+    assert (settings.value.smooths, settings.value.scale_bits) == (low, 8 if low else 16)
+    assert (settings.key.smooths, settings.key.scale_bits) == (False, 16)
+
+
+def test_what_is_said_of_smoothing_and_scales_holds_at_any_width():
+    """None, where a layer takes back what is said of all, is as if nothing had been said."""
+    plain = {"smoothing_key": False, "smoothing_value": False, "scale_bits": 16}
+    for stream in (settings_for(nbits=2, **plain).key, settings_for(nbits=2, **plain).value):
+        assert (stream.smooths, stream.scale_bits) == (False, 16)
+    key = settings_for(nbits=8, smoothing_key=True, scale_bits=8).key
+    assert (key.smooths, key.scale_bits) == (True, 8)
+    back = settings_for(nbits=2, **plain, layers={0: dict.fromkeys(plain)}).key
+    assert (back.smooths, back.scale_bits) == (True, 8)
+
+
+def test_the_paper_s_presets_are_the_paper_s():
+    """Whatever the defaults of few bits are, and with another width too."""
+    for options in ({}, {"nbits": 2}):
+        config = CacheConfig.from_preset("kivi-4", **options)
+        stream = layer_settings(config).key
+        assert (stream.smooths, stream.scale_bits, stream.options) == (False, 16, {"scale": "range"})

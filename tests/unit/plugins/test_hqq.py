@@ -121,6 +121,8 @@ def by_us(states: Tensor, nbits: int, axis: int, *, optimize: bool) -> Tensor:
         axis_key=axis,
         axis_value=axis,
         group_size=32,
+        smoothing_key=False,
+        scale_bits=16,
         residual_length=0,
         options={"optimize": optimize},
     )

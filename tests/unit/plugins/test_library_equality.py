@@ -93,9 +93,9 @@ def test_states_read_from_the_cache_are_the_library_s(
     generator = torch.Generator().manual_seed(nbits)
     spread = torch.randn(1, 2, 1, 64, generator=generator).exp()  # outlier channels
     keys, values = (torch.randn(1, 2, 64, 64, generator=generator) * spread + 0.5 for _ in range(2))
-    cache = QuantizedCache(
-        backend, nbits=nbits, axis_key=axis, axis_value=axis, group_size=group_size, residual_length=0, options=options
-    )
+    as_given = {"smoothing_key": False, "smoothing_value": False, "scale_bits": 16}
+    axes = {"axis_key": axis, "axis_value": axis, "group_size": group_size}
+    cache = QuantizedCache(backend, nbits=nbits, **axes, **as_given, residual_length=0, options=options)
     cache.update(keys, values, 0)
     layer = cache.layers[0]
     assert [len(store.body) for store in layer.stores] == [64, 64]

@@ -16,7 +16,7 @@ WIDTHS = (1, 2, 3, 4, 8)
 
 def assert_within_half_a_step(rows: Tensor, nbits: int) -> None:
     """Up to rounding in the type of the scale, at the size of the row's numbers."""
-    result = quantizer("reference", nbits, rows.shape[1]).quantize(rows)
+    result = quantizer("reference", nbits, rows.shape[1], scale="range").quantize(rows)
     rounding = 2 * torch.finfo(result.scale.dtype).eps * rows.to(result.scale.dtype).abs().amax(1) + 3e-36
     error = (read(result) - rows.to(result.scale.dtype)).abs().amax(1)
     assert (error <= result.scale / 2 + rounding).all()
@@ -43,7 +43,7 @@ def test_any_row_comes_back_within_half_a_step(nbits: int, numbers: list[float])
 @pytest.mark.parametrize("nbits", WIDTHS)
 def test_scale_and_offset_are_the_paper_s(nbits: int, random_rows: Tensor) -> None:
     """scale = (max - min) / (2**nbits - 1), offset = min; both ends of a row are hit."""
-    result = quantizer("reference", nbits).quantize(random_rows)
+    result = quantizer("reference", nbits, scale="range").quantize(random_rows)
     low, high = random_rows.amin(1), random_rows.amax(1)
     assert torch.equal(result.scale, (high - low) / (2**nbits - 1))
     assert torch.equal(result.offset, low)
@@ -94,7 +94,7 @@ def test_least_error_of_normal_numbers(nbits: int, most: float) -> None:
     rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     by_range, least = (
         (read(quantizer("reference", nbits, **options).quantize(rows)) - rows).square().mean()
-        for options in ({}, {"scale": "error"})
+        for options in ({"scale": "range"}, {"scale": "error"})
     )
     assert least < most * by_range
     assert nbits != 2 or least < 0.1188
@@ -109,6 +109,16 @@ def test_least_error_of_hard_rows_is_finite(name: str) -> None:
         assert read(result).isfinite().all()
         if name == "constant":
             assert torch.equal(read(result), rows)
+
+
+@pytest.mark.parametrize(("nbits", "scale"), [(1, "error"), (2, "error"), (3, "error"), (4, "range"), (8, "range")])
+def test_few_bits_take_the_least_error(nbits: int, scale: str, random_rows: Tensor) -> None:
+    """Unless told otherwise."""
+    default, told = (
+        quantizer("reference", nbits, **options).quantize(random_rows) for options in ({}, {"scale": scale})
+    )
+    assert torch.equal(default.codes, told.codes)
+    assert torch.equal(default.scale, told.scale)
 
 
 def test_a_scale_that_cannot_work_is_refused() -> None:
