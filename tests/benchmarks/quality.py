@@ -3,8 +3,9 @@
     python -m tests.benchmarks.quality --folder build/quality --pictures docs/images
 
 Prints one table for each question and model, in Markdown, and draws one picture for each question. Every cache is
-measured as `kvquant eval perplexity` and `kvquant eval needle` do it; options that a name does not mention are those of
-`SHARED`, whatever the defaults are. An interrupted run goes on where it stopped.
+measured as `kvquant eval perplexity` and `kvquant eval needle` do it. Options that a name does not mention are those of
+`SHARED`, and scales reach from the smallest to the largest number, whatever the defaults are; but where the defaults
+are what is asked for. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kvquant.cli.console import machine_line
 from kvquant.demo import HELDOUT_FILE
 from kvquant.engine.config import PRESETS
 from kvquant.evaluation import intervals
-from kvquant.evaluation.candidates import parse_candidates
+from kvquant.evaluation.candidates import Candidate, parse_candidates
 from kvquant.evaluation.figures import perplexity as bits_figure
 from kvquant.evaluation.figures import save
 from kvquant.evaluation.haystack import Sentences
@@ -43,13 +44,16 @@ from kvquant.evaluation.perplexity import (
 )
 
 CONTEXT = 1024
-#: KIVI's axes and window.
+#: KIVI's axes and window, and nothing else done to the states.
 SHARED = {
     "axis_key": "channel",
     "axis_value": "token",
     "group_size": 64,
     "residual_length": 128,
     "sink_length": 0,
+    "smoothing_key": False,
+    "smoothing_value": False,
+    "scale_bits": 16,
 }
 MODELS = {"model": None, "twin": 64}
 DEPTHS = (0, 25, 50, 75, 100)
@@ -67,51 +71,74 @@ class Question:
         title: what is asked.
         caches: separated by commas.
         versus: the cache that the others' KL divergence is compared with, pair by pair.
+        plain: whether what a name does not mention is that of `SHARED`, and not the default.
     """
 
     name: str
     title: str
     caches: str
     versus: str
+    plain: bool = True
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return the caches, under the names that they are written by."""
+        if not self.plain:
+            return parse_candidates(self.caches)
+        return tuple(_by_range(candidate) for candidate in parse_candidates(self.caches, SHARED))
+
+
+def _by_range(candidate: Candidate) -> Candidate:
+    """Return a candidate whose scales are those of the range, unless it says otherwise."""
+    if candidate.kind != "kvquant" or candidate.options.get("backend", "reference") != "reference":
+        return candidate
+    own = {"scale": "range", **candidate.options.get("options", {})}
+    return replace(candidate, options={**candidate.options, "options": own})
 
 
 _PLAIN = "reference:2"
 _SMOOTH = ":smoothing_key=true:smoothing_value=true"
-_TOGETHER = f"reference:2:scale=error{_SMOOTH}:rotation_value=hadamard"
-_BOTH_ROTATED = ":rotation_key=hadamard:rotation_value=hadamard:scale_bits=8"
+_ROTATED_VALUES, _ROTATED_KEYS = ":rotation_value=hadamard", ":rotation_key=hadamard"
+_BYTES = ":scale_bits=8"
+_TOGETHER = f"{_PLAIN}:scale=error{_SMOOTH}"
+_ALL = f"{_SMOOTH}{_ROTATED_KEYS}{_ROTATED_VALUES}{_BYTES}"
 #: Each part alone, then one after another, then in the place of another.
 _ABLATION = (
-    "reference:2:scale=error",
-    "reference:2:smoothing_key=true",
-    "reference:2:smoothing_value=true",
-    "reference:2:rotation_value=hadamard",
-    "reference:2:rotation_key=hadamard",
-    "reference:2:scale_bits=8",
-    "reference:2:outlier_share=0.015",
-    f"reference:2:scale=error{_SMOOTH}",
+    _PLAIN,
+    f"{_PLAIN}:scale=error",
+    f"{_PLAIN}:smoothing_key=true",
+    f"{_PLAIN}:smoothing_value=true",
+    f"{_PLAIN}{_SMOOTH}",
+    f"{_PLAIN}{_ROTATED_VALUES}",
+    f"{_PLAIN}{_ROTATED_KEYS}",
+    f"{_PLAIN}{_BYTES}",
+    f"{_PLAIN}:outlier_share=0.015",
     _TOGETHER,
-    f"{_TOGETHER}:scale_bits=8",
-    f"{_TOGETHER}:scale_bits=8:group_size=32",
-    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}",
-    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}:axis_key=token",
-    f"reference:2:scale=error{_SMOOTH}:scale_bits=8:axis_value=channel",
-    f"lloydmax:2{_SMOOTH}{_BOTH_ROTATED}",
-    f"trellis:2{_SMOOTH}:rotation_value=hadamard:scale_bits=8",
-    f"trellis:2{_SMOOTH}{_BOTH_ROTATED}",
-    f"trellis:1{_SMOOTH}{_BOTH_ROTATED}",
-)
-_OTHERS = ("hqq:2", f"hqq:2{_SMOOTH}:rotation_value=hadamard:scale_bits=8", "kivi-2", "transformers:quanto:2")
-_OTHERS = (*_OTHERS, "transformers:hqq:2")
-_FOUR = (
-    "reference:2",
-    "reference:2:scale=error",
-    f"reference:2:scale=error{_SMOOTH}:rotation_value=hadamard:scale_bits=8",
-    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}",
-    "reference:2:axis_key=token",
-    "reference:2:axis_key=token:rotation_key=hadamard",
-    f"reference:2:scale=error{_SMOOTH}{_BOTH_ROTATED}:axis_key=token",
+    f"{_TOGETHER}{_BYTES}",
+    f"{_TOGETHER}{_BYTES}{_ROTATED_VALUES}",
+    f"{_TOGETHER}{_BYTES}{_ROTATED_VALUES}:group_size=32",
+    f"{_TOGETHER}{_BYTES}{_ROTATED_VALUES}{_ROTATED_KEYS}",
+    f"{_TOGETHER}{_BYTES}{_ROTATED_VALUES}{_ROTATED_KEYS}:axis_key=token",
+    "lloydmax:2",
+    f"lloydmax:2{_ALL}",
+    f"trellis:2{_SMOOTH}{_ROTATED_VALUES}{_BYTES}",
+    f"trellis:2{_ALL}",
+    "hqq:2",
+    f"hqq:2{_SMOOTH}{_ROTATED_VALUES}{_BYTES}",
+    "kivi-2",
     "transformers:quanto:2",
     "transformers:hqq:2",
+)
+_FOUR = (
+    "reference:4",
+    "reference:4:scale=error",
+    f"reference:4:scale=error{_SMOOTH}{_ROTATED_VALUES}{_BYTES}",
+    f"reference:4:scale=error{_ALL}",
+    "reference:4:axis_key=token",
+    f"reference:4:axis_key=token{_ROTATED_KEYS}",
+    f"reference:4:axis_key=token{_SMOOTH}",
+    f"reference:4:scale=error{_ALL}:axis_key=token",
+    "transformers:quanto:4",
+    "transformers:hqq:4",
 )
 
 QUESTIONS = (
@@ -159,8 +186,23 @@ QUESTIONS = (
         "reference:2:nbits_key=8:nbits_value=2,reference:4:nbits_key=8:nbits_value=4,reference:4",
         "reference:3",
     ),
-    Question("ablation", "What does each part buy, at two bits?", ",".join([_PLAIN, *_ABLATION, *_OTHERS]), _PLAIN),
-    Question("four", "And at four?", ",".join(part.replace(":2", ":4", 1) for part in _FOUR), "reference:4"),
+    Question(
+        "choice",
+        "What should two bits be?",
+        "reference:2,hqq:2,reference:2:sink_length=4,hqq:2:sink_length=4,reference:2:sink_length=4:rotation_key=hadamard,"
+        "reference:2:sink_length=4:rotation_value=hadamard,hqq:2:sink_length=4:rotation_value=hadamard,"
+        "hqq:2:sink_length=4:rotation_key=hadamard:rotation_value=hadamard,kivi-2,kivi-2:sink_length=4",
+        "reference:2",
+    ),
+    Question("ablation", "What does each part buy, at two bits?", ",".join(_ABLATION), _PLAIN),
+    Question("four", "And at four?", ",".join(_FOUR), "reference:4"),
+    Question(
+        "defaults",
+        "What do the defaults keep?",
+        "reference:4:3:2:1,hqq:3:2:1,quanto:2,lloydmax:3:2:1,trellis:3:2:1,kivi-2",
+        "kivi-2",
+        plain=False,
+    ),
     Question("presets", "Which preset?", ",".join(PRESETS), "kivi-2"),
 )
 
@@ -178,7 +220,7 @@ def arguments() -> argparse.Namespace:
 
 def measure(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[PerplexityRow]:
     options = PerplexityOptions(
-        candidates=parse_candidates(question.caches, SHARED),
+        candidates=question.candidates(),
         contexts=(CONTEXT,),
         windows=chosen.windows,
         versus=question.versus,
@@ -191,7 +233,7 @@ def measure(loaded: LoadedModel, which: str, question: Question, chosen: argpars
 
 def recall(loaded: LoadedModel, which: str, question: Question, chosen: argparse.Namespace) -> list[NeedleRow]:
     options = NeedleOptions(
-        candidates=parse_candidates(question.caches, SHARED),
+        candidates=question.candidates(),
         contexts=(CONTEXT,),
         depths=DEPTHS,
         trials=chosen.trials,
