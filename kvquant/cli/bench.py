@@ -28,8 +28,14 @@ _MIB = 1 << 20
     default="dynamic,static,transformers:quanto:4,transformers:fp8,kvquant:reference:4,kvquant:reference:2",
     show_default=True,
     help="Caches to compare, each kind[:backend[:nbits]]: dynamic, static, transformers:quanto:4, transformers:hqq:2, "
-    "transformers:fp8, turboquant:4, kvquant:BACKEND:NBITS with any installed backend. Speed is compared with dynamic "
-    "if that is among them.",
+    "transformers:fp8, turboquant:4, kvquant:BACKEND:NBITS with any installed backend. Behind kvquant: may stand "
+    "anything that --backends of kvquant eval takes, such as kvquant:reference:2:scale=error:sink_length=4 or "
+    "kvquant:smallest.",
+)
+@click.option(
+    "--against",
+    metavar="CACHE",
+    help="The one of them that the speed of the others is compared with  [default: dynamic, if it is among them].",
 )
 @click.option(
     "--attention",
@@ -91,7 +97,21 @@ def _options(chosen: dict[str, Any]) -> BenchOptions:
 
     shape = {name: chosen.pop(name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")}
     contenders, contexts = parse_contenders(chosen.pop("caches")), parse_contexts(chosen.pop("contexts"))
-    return BenchOptions(contenders=contenders, contexts=contexts, synthetic=SyntheticModel(**shape), **chosen)
+    against = _label(chosen.pop("against"))
+    synthetic = SyntheticModel(**shape)
+    return BenchOptions(contenders=contenders, contexts=contexts, against=against, synthetic=synthetic, **chosen)
+
+
+def _label(cache: str | None) -> str | None:
+    """Return the label of a cache as it is typed: kvquant:reference is kvquant:reference:4."""
+    from kvquant.errors import ConfigError
+    from kvquant.evaluation.contenders import Contender
+
+    if cache is None:
+        return None
+    with contextlib.suppress(ConfigError):  # what is none is not among the caches, which says what is
+        return Contender.parse(cache).label
+    return cache
 
 
 def _run(options: BenchOptions, progress: Progress) -> BenchReport:
@@ -125,17 +145,20 @@ def _show(report: BenchReport) -> None:
     if options.batch > 1:
         screen.print(f"{options.batch} sequences at once.", markup=False)
     for context in options.contexts:
-        screen.print(_table(context, [result for result in report.results if result.context == context]))
+        results = [result for result in report.results if result.context == context]
+        screen.print(_table(context, results, report.options.against))
     screen.print(_legend(report), markup=False)
 
 
 def _legend(report: BenchReport) -> str:
     options = report.options
+    base = "dynamic" if options.against is None else f"--against, which is {options.against}"
     parts = [
         f"Medians (lowest-highest) of {options.rounds} rounds of {options.steps} steps.",
         "The history is synthetic: fill is the cache's own work for random states of all layers, without a model.",
         "A flush is a step in which tokens leave the window and are quantised; a step has its share of one in it.",
-        "Faster than: times, in the same round; 'best other' is the fastest quantised cache that is not kvquant's.",
+        f"Faster than {base}: times, in the same round, below 1 where a cache is slower.",
+        "'Best other' is the fastest quantised cache that is not kvquant's.",
         "Cache: held at the end of the fill.",
     ]
     if options.memory:
@@ -150,21 +173,23 @@ def _legend(report: BenchReport) -> str:
     return " ".join(parts)
 
 
-def _table(context: int, results: list[CacheResult]) -> Table:
+def _table(context: int, results: list[CacheResult], against: str | None) -> Table:
     """Return the table of one context length; columns of which nothing was measured are left out."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{context} tokens", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("cache", no_wrap=True)
+    table.add_column("cache", overflow="fold", min_width=24)
     rows = [result for result in results if result.step is not None]
     columns = {heading: [show(result) for result in rows] for heading, show in _COLUMNS.items()}
+    if against is not None:
+        columns = {_OVER_AGAINST if heading == _OVER_FULL else heading: cells for heading, cells in columns.items()}
     used = {heading: cells for heading, cells in columns.items() if any(cell != "-" for cell in cells)}
     for heading in used:
         table.add_column(heading, justify="right", no_wrap=True)
     for row, result in enumerate(rows):
-        table.add_row(result.cache, *(cells[row] for cells in used.values()))
+        table.add_row(escape(result.cache), *(cells[row] for cells in used.values()))
     notes = [f"{result.cache}: not available, {result.problem}" for result in results if result.problem]
     kernels = {result.kernel for result in rows if result.kernel}
     notes += [f"attention over quantised tokens by {kernel}" for kernel in sorted(kernels)]
@@ -189,11 +214,14 @@ def _flush(result: CacheResult) -> str:
     return f"{1000 * result.flush.median:.0f} / {result.flush_period}" if result.flush else "-"
 
 
+#: Heading of the ratio of speeds, and where it is to the cache that was named.
+_OVER_FULL, _OVER_AGAINST = "faster than\ndynamic", "faster than\n--against"
+
 #: Heading -> what stands in the column for a result.
 _COLUMNS: dict[str, Callable[[CacheResult], str]] = {
     "step\nms": lambda result: _spread(result.amortised, 1000, 1),
     "flush\nms / every": _flush,
-    "faster than\ndynamic": lambda result: _spread(result.speedup),
+    _OVER_FULL: lambda result: _spread(result.speedup),
     "faster than\nbest other": lambda result: _spread(result.speedup_quantised),
     "attention\nms": lambda result: "-" if result.attention is None else f"{1000 * result.attention.median:.2f}",
     "x limit\n": lambda result: "-" if result.over_limit is None else f"{result.over_limit:.1f}",

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from kvquant.errors import OptionValueError
+from kvquant.errors import OptionValueError, listing
 from kvquant.evaluation.contenders import Contender, parse_contenders, versions
 from kvquant.evaluation.failures import FAILURES, one_line
 from kvquant.evaluation.measure import PeakMemory, Spread, describe_machine, read_bandwidth, steady
@@ -46,6 +46,8 @@ from kvquant.evaluation.subject import (
 
 DEFAULT_CACHES = "dynamic,static,transformers:quanto:4,transformers:fp8,kvquant:reference:4,kvquant:reference:2"
 DEFAULT_CONTEXTS = "4k,32k"
+#: What speed is compared with, where nobody says what.
+_FULL = Contender("dynamic")
 
 #: Decode steps of a memory measurement: memory does not depend on their number.
 _MEMORY_STEPS = 2
@@ -65,6 +67,7 @@ class BenchOptions:
     Attributes:
         contenders: the caches.
         contexts: tokens in the cache before decoding starts.
+        against: label of the cache that speed is compared with; None takes ``dynamic`` if that is among them.
         model: name or folder of a model, None for `synthetic`.
         synthetic: shape of the model where none is named.
         attention: measure cache and attention alone, in the shape of `synthetic`, and not a model.
@@ -84,6 +87,7 @@ class BenchOptions:
 
     contenders: tuple[Contender, ...] = parse_contenders(DEFAULT_CACHES)
     contexts: tuple[int, ...] = (4096, 32768)
+    against: str | None = None
     model: str | None = None
     synthetic: SyntheticModel = field(default_factory=SyntheticModel)
     attention: bool = False
@@ -105,12 +109,20 @@ class BenchOptions:
             raise OptionValueError("threads", self.threads, "at least 1, or None for torch's choice")
         if not self.contexts or min(self.contexts) < 1:
             raise OptionValueError("contexts", self.contexts, "numbers of tokens, at least 1")
+        labels = [contender.label for contender in self.contenders]
+        if self.against is not None and self.against not in labels:
+            raise OptionValueError("against", self.against, f"one of the caches compared: {listing(labels)}")
         if self.dtype not in DTYPES:
             raise OptionValueError("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.attention and self.model is not None:
             raise OptionValueError("model", self.model, "no model together with attention alone")
         if self.attention and self.prefill:
             raise OptionValueError("prefill", self.prefill, "False together with attention alone: there is no model")
+
+    @property
+    def base(self) -> str:
+        """Label of the cache that speed is compared with, which need not be among them."""
+        return self.against or _FULL.label
 
     @property
     def work(self) -> int:
@@ -131,7 +143,7 @@ class CacheResult:
         flush: a decode step with a flush; one a round.
         flush_period: tokens from one flush to the next.
         amortised: a decode step with its share of a flush; one figure a round.
-        speedup: `amortised` of ``dynamic`` over that of this cache, in the same round.
+        speedup: `amortised` of the cache that speed is compared with over that of this cache, in the same round.
         speedup_quantised: the same for the fastest, in the median, of the quantised caches that are not kvquant's.
         attention: attention alone of a decode step, where it is measured apart.
         kernel: what attends over quantised tokens, in words.
@@ -261,7 +273,7 @@ def _bench(options: BenchOptions, tell: Progress) -> BenchReport:
             if len(taken.get((contender, context), [])) == options.rounds:
                 peak = _peak_in_new_process(options, contender, context) if options.memory else peak
                 problem = peak.problem
-            results.append(_result(contender, context, problem, taken, bandwidth, peak))
+            results.append(_result(contender, context, problem, options.base, taken, bandwidth, peak))
             tell(context * options.memory)
     return BenchReport(machine, model, bandwidth, floor, options, tuple(results))
 
@@ -297,18 +309,19 @@ def _floor(subject: Subject, options: BenchOptions) -> Spread | None:
     """Return the seconds of a model's decode step over a cache that holds a single token."""
     if not isinstance(subject, ModelSubject):
         return None
-    cache = Contender("dynamic").make(subject.config, 0)
+    cache = _FULL.make(subject.config, 0)
     return Spread.of(subject.run(cache, subject.history(1), options.steps * options.rounds).steps)
 
 
 def _result(
-    contender: Contender, context: int, problem: str, taken: _Taken, bandwidth: float, peak: _Peak
+    contender: Contender, context: int, problem: str, base: str, taken: _Taken, bandwidth: float, peak: _Peak
 ) -> CacheResult:
     turns = taken.get((contender, context), [])
     if not turns:
         return CacheResult(cache=contender.label, context=context, problem=problem)
     rounds = [turn.round for turn in turns]
-    base = taken.get((Contender("dynamic"), context), [])
+    compared = next((made for (other, length), made in taken.items() if (other.label, length) == (base, context)), [])
+    full = taken.get((_FULL, context), [])
     rivals = [made for (other, length), made in taken.items() if other.is_rival and length == context]
     fastest = min(rivals, key=_typical_step, default=[])
     flushes = [made.flush for made in rounds if made.flush is not None]
@@ -323,7 +336,7 @@ def _result(
         flush=Spread.of(flushes) if flushes else None,
         flush_period=rounds[-1].flush_period,
         amortised=Spread.of([made.amortised for made in rounds]),
-        speedup=_speedup(base, turns),
+        speedup=_speedup(compared, turns),
         speedup_quantised=_speedup(fastest, turns),
         attention=attention,
         kernel=rounds[-1].kernel,
@@ -331,7 +344,7 @@ def _result(
         over_limit=None if attention is None else attention.median * bandwidth / rounds[-1].read,
         fill=Spread.of([made.fill for made in rounds]),
         prefill=Spread.of(prefills) if prefills else None,
-        prefill_added=_prefill_added(base, turns),
+        prefill_added=_prefill_added(full, turns),
         cache_bytes=rounds[-1].held,
         peak_bytes=peak.rise,
         step_bytes=peak.step,

@@ -47,6 +47,18 @@ def test_attention_alone_has_columns_of_its_own(tmp_path: Path) -> None:
     assert plot.stat().st_size > 10_000
 
 
+def test_what_a_part_costs() -> None:
+    """Beside plain codes of the same bits, whose name may be short."""
+    caches = "kvquant:reference:4,kvquant:reference:4:smoothing_key=true,kvquant:balanced:group_size=16"
+    small = ["--attention", "--contexts", "256", "--caches", caches, "--against", "kvquant:reference"]
+    result = CliRunner().invoke(bench, [*TINY.split(), *small])
+    assert result.exit_code == 0, result.output
+    assert "Faster than --against, which is kvquant:reference:4: times" in " ".join(result.stdout.split())
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip().startswith("kvquant:")}
+    assert "1.00 (1.00-1.00)" in rows["kvquant:reference:4"]
+    assert {"kvquant:balanced:group_size=16", "kvquant:reference:4:smoothing_key=True"} <= set(rows)
+
+
 def test_json_is_all_that_json_prints() -> None:
     """So another program can read it."""
     result = CliRunner().invoke(bench, [*TINY.split(), "--caches", "dynamic", "--json"])
@@ -71,6 +83,11 @@ def test_a_cache_that_is_not_available_is_named_with_the_reason(monkeypatch: pyt
         ("--caches kvquant:reference:5", "nbits"),
         ("--caches kvquant:referense:4", "reference"),
         ("--contexts 4q", "4k,32768"),
+        ("--caches kvquant:reference:2:sink_length=-1", "sink_length=-1 cannot work: expected"),
+        (
+            "--caches dynamic,kvquant:smallest --against kvquant:small",
+            "against='kvquant:small' cannot work: expected one of the caches compared: dynamic, kvquant:smallest",
+        ),
         ("--steps 0", "at least 1"),
         ("--dtype int8", "bfloat16"),
         ("--threads 0", "threads"),

@@ -60,6 +60,15 @@ class TestNames:
             ("kvquant:anything", "kvquant:anything:4"),
             (" kvquant:reference:2 ", "kvquant:reference:2"),
             ("kvquant:reference:2.5", "kvquant:reference:2.5"),
+            (
+                "kvquant:reference:2:scale=error:smoothing_key=true",
+                "kvquant:reference:2:scale=error:smoothing_key=True",
+            ),
+            ("kvquant:smallest", "kvquant:smallest"),
+            ("kvquant:kivi-2:sink_length=4", "kvquant:kivi-2:sink_length=4"),
+            ("kvquant:reference:token", "kvquant:reference:4:token"),
+            ("kvquant:kvquant:reference:2", "kvquant:kvquant:reference:2"),
+            ("transformers:hqq:2:residual_length=64", "transformers:hqq:2:residual_length=64"),
         ],
     )
     def test_a_name_may_leave_out_backend_and_bits(self, text: str, label: str) -> None:
@@ -88,6 +97,10 @@ class TestNames:
             ("kvquant::4", OptionValueError, "kind[:backend[:nbits]]"),
             ("", UnknownOptionError, "dynamic, static, transformers, turboquant, kvquant"),
             ("dynamic,dynamic", OptionValueError, "each cache once"),
+            ("kvquant:smallest:4", OptionValueError, "no bits after the preset 'smallest'"),
+            ("kvquant:smalest:sink_length=4", UnknownOptionError, "Did you mean 'smallest'"),
+            ("kvquant:reference:2:sink_length=-1", OptionValueError, "sink_length=-1 cannot work"),
+            ("kvquant:reference:2:nonsense", OptionValueError, "kvquant:smallest"),
         ],
     )
     def test_a_bad_name_is_refused_with_what_would_work(self, text: str, error: type[Exception], says: str) -> None:
@@ -108,6 +121,7 @@ class TestNames:
             {"threads": 0},
             {"model": "some", "attention": True},
             {"prefill": True, "attention": True},
+            {"against": "static:8"},
         ],
     )
     def test_impossible_options_are_refused(self, option: dict[str, object]) -> None:
@@ -238,6 +252,26 @@ class TestReport:
         report = bench(tiny("kvquant:reference:4", contexts=(64,)))
         assert report.results[0].speedup is None
         assert report.results[0].step is not None
+
+    def test_speed_can_be_compared_with_any_of_them(self) -> None:
+        """What a part costs: the same cache with and without it, round by round."""
+        plain, parts = "kvquant:reference:2:smoothing_key=False:scale=range", "kvquant:reference:2:smoothing_key=True"
+        report = bench(tiny(f"dynamic,{plain},{parts}", contexts=(200,), rounds=3, attention=True, against=plain))
+        full, base, other = report.results
+        assert base.speedup == Spread(1.0, 1.0, 1.0, 3)
+        assert other.speedup.count == full.speedup.count == 3
+        assert other.speedup.low <= base.amortised.high / other.amortised.low
+        assert other.speedup.high >= base.amortised.low / other.amortised.high
+
+    def test_a_cache_with_options_is_what_it_says(self, subject: ModelSubject) -> None:
+        """Also from a report that was read back."""
+        for name in ("kvquant:smallest:group_size=16", "kvquant:reference:2:sink_length=4:skip_layers=[0,1]"):
+            contender = Contender.parse(name)
+            cache = contender.make(subject.config, 1)
+            assert cache.config.sink_length == 4
+            assert Contender.parse(contender.label).options == contender.options
+        made = Contender.parse("transformers:hqq:2:residual_length=64").make(subject.config, 1)
+        assert made.layers[0].residual_length == 64
 
     def test_a_cache_whose_library_is_missing_does_not_stop_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is reported with the reason."""

@@ -27,7 +27,8 @@ TITLE = "Memory and latency"
 _MIB = 1 << 20
 _COLUMNS = (
     "Medians; smaller figures are the lowest and the highest of the rounds. A step has its share of a flush in it, "
-    "which is a step in which tokens leave the window and are quantised. Times faster are of the same round; 'best "
+    "which is a step in which tokens leave the window and are quantised. Times faster are of the same round, and below "
+    "1 where a cache is slower; 'best "
     "other' is the fastest quantised cache that is not kvquant's. Cache: held with the context in it."
 )
 
@@ -52,7 +53,7 @@ def tables(report: BenchReport) -> tuple[Table, ...]:
     """Return a table for each context."""
     contexts = dict.fromkeys(result.context for result in report.results)
     made = {context: [one for one in _made(report) if one.context == context] for context in contexts}
-    return tuple(_table(context, results) for context, results in made.items() if results)
+    return tuple(_table(context, results, _faster(report)) for context, results in made.items() if results)
 
 
 def seen(report: BenchReport) -> str:
@@ -100,7 +101,7 @@ def summary(report: BenchReport) -> Group:
         (
             Column("times smaller", _smaller(held)),
             Column("ms a step", {result.cache: spread(result.amortised, "{:.1f}", 1000) for result in results}),
-            Column("times faster than full", {result.cache: spread(result.speedup, "{:.2f}") for result in results}),
+            Column(_faster(report), {result.cache: spread(result.speedup, "{:.2f}") for result in results}),
         ),
     )
 
@@ -112,6 +113,7 @@ def options(file: ReportFile) -> dict[str, Any]:
         "model": chosen.model,
         "contexts": chosen.contexts,
         "caches": [contender.label for contender in chosen.contenders],
+        "against": chosen.against,
         **{name: getattr(chosen, name) for name in ("attention", "batch", "steps", "rounds", "dtype", "device")},
         "threads": chosen.threads,
         "seed": chosen.seed,
@@ -144,7 +146,12 @@ def _smaller(held: Mapping[str, int | None]) -> dict[str, Cell]:
     return {cache: number(full / count, "{:.2f}") for cache, count in held.items() if count}
 
 
-def _table(context: int, results: Sequence[CacheResult]) -> Table:
+def _faster(report: BenchReport) -> str:
+    against = report.options.against
+    return f"times faster than {FULL if against is None else against.removeprefix('kvquant:')}"
+
+
+def _table(context: int, results: Sequence[CacheResult], faster: str) -> Table:
     def column(heading: str, *, of: str, form: str = "{:.2f}", factor: float = 1) -> Column:
         return Column(heading, {result.cache: spread(getattr(result, of), form, factor) for result in results})
 
@@ -153,7 +160,7 @@ def _table(context: int, results: Sequence[CacheResult]) -> Table:
         column("ms a step", of="amortised", form="{:.1f}", factor=1000),
         Column("ms a flush", {one.cache: _flush(one) for one in results}),
         Column("tokens between flushes", {one.cache: number(one.flush_period, "{:,}") for one in results}),
-        column("times faster than full", of="speedup"),
+        column(faster, of="speedup"),
         column("than best other", of="speedup_quantised"),
         column("attention, ms", of="attention", factor=1000),
         Column("times its limit", {one.cache: number(one.over_limit, "{:.1f}") for one in results}),
