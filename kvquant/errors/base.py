@@ -19,7 +19,11 @@ class KVQuantError(Exception):
 
 
 def _restore(kind: type[KVQuantError], args: tuple[Any, ...], fields: dict[str, Any]) -> KVQuantError:
-    error = kind.__new__(kind, *args)
+    # The builtin whose layout it has: of two that it is, `kind.__new__` may find the other's, which refuses.
+    layout: Any = kind
+    while layout.__module__ != "builtins":
+        layout = layout.__base__
+    error: KVQuantError = layout.__new__(kind, *args)
     error.args = args
     for name, value in fields.items():
         setattr(error, name, value)

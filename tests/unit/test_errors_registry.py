@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvquant import errors
+from kvquant.errors.plugins import AnyPluginError
 
 BUILTINS = {
     errors.UnknownBackendError: ValueError,
@@ -19,6 +20,27 @@ BUILTINS = {
     errors.BackendSpecError: ValueError,
     errors.BackendExistsError: ValueError,
     errors.BackendNotRegisteredError: ValueError,
+    errors.UnknownTransformError: ValueError,
+    errors.DuplicateTransformError: ImportError,
+    errors.BlockedTransformError: ImportError,
+    errors.BrokenTransformError: ImportError,
+    errors.IncompatibleTransformError: errors.BrokenTransformError,
+    errors.TransformImportError: ImportError,
+    errors.HeadDimError: ValueError,
+    errors.TransformFactoryError: RuntimeError,
+    errors.TransformFailedError: RuntimeError,
+    errors.TransformContractError: TypeError,
+    errors.TransformSpecError: ValueError,
+    errors.TransformExistsError: ValueError,
+    errors.TransformNotRegisteredError: ValueError,
+}
+
+#: What the others are caught as.
+BASES = {
+    errors.BackendError,
+    errors.BackendUnavailableError,
+    errors.TransformError,
+    errors.TransformUnavailableError,
 }
 
 TEXTS = [
@@ -119,6 +141,82 @@ TEXTS = [
         errors.BackendNotRegisteredError("hqq", ["mine", "yours"]),
         "backend 'hqq' was not registered in this process, so it cannot be unregistered. Registered: mine, yours.",
     ),
+    (
+        errors.UnknownTransformError("hadamart", ["hadamard", "random"], ["hadamard"]),
+        (
+            "unknown transform 'hadamart'. Did you mean 'hadamard'? Installed: hadamard, random. "
+            "Run 'kvquant list-transforms'."
+        ),
+    ),
+    (
+        errors.DuplicateTransformError("mix", ["one", "other"]),
+        (
+            "transform 'mix' cannot be used: 2 distributions provide a transform of that name: one, other. "
+            "Next step: choose one by writing 'one:mix' or 'other:mix'"
+        ),
+    ),
+    (
+        errors.BlockedTransformError("mix", "KVQUANT_BLOCK_TRANSFORMS", "mix", listed=True),
+        (
+            "transform 'mix' cannot be used: the environment's KVQUANT_BLOCK_TRANSFORMS='mix' names it. "
+            "Next step: take it out of KVQUANT_BLOCK_TRANSFORMS"
+        ),
+    ),
+    (
+        errors.BrokenTransformError("mix", "kvquant-mix", "1.2", "it is broken"),
+        (
+            "transform 'mix', from kvquant-mix 1.2, cannot be used: it is broken. "
+            "Next step: upgrade kvquant-mix, or report this to its author"
+        ),
+    ),
+    (
+        errors.IncompatibleTransformError("mix", "kvquant-mix", "1.2", 2, 1),
+        (
+            "transform 'mix', from kvquant-mix 1.2, cannot be used: it was written for version 2 of the plugin API, "
+            "and this kvquant has version 1. Next step: upgrade kvquant"
+        ),
+    ),
+    (
+        errors.TransformImportError("mix", "kvquant-mix", "1.2", "mix:Mix", "ImportError: no"),
+        (
+            "transform 'mix', from kvquant-mix 1.2, cannot be used: importing its transform 'mix:Mix' failed: "
+            "ImportError: no. Next step: upgrade kvquant-mix and what it needs, or report this to its author"
+        ),
+    ),
+    (
+        errors.HeadDimError("mix", 80, "at most 64 channels work"),
+        "transform 'mix' cannot do head_dim=80: at most 64 channels work",
+    ),
+    (
+        errors.TransformFactoryError("mix", "kvquant-mix", "1.2", 80, "KeyError: no"),
+        "transform 'mix', from kvquant-mix 1.2, could not make a transform for head_dim=80: KeyError: no",
+    ),
+    (
+        errors.TransformFailedError("mix", "undo", "ZeroDivisionError: by nought"),
+        "transform 'mix' failed in its method undo: ZeroDivisionError: by nought",
+    ),
+    (
+        errors.TransformContractError("mix", "undo returned a list and no tensor"),
+        (
+            "transform 'mix' broke the plugin contract: undo returned a list and no tensor. "
+            "This is a bug in the plugin, not in your code."
+        ),
+    ),
+    (
+        errors.TransformSpecError("transform 'X'", ["this is wrong", "that is wrong"]),
+        "transform 'X' cannot be registered: this is wrong; that is wrong.",
+    ),
+    (
+        errors.TransformExistsError("mix", "kvquant-mix"),
+        (
+            "there is a transform 'mix' already, from kvquant-mix. Choose another name, or pass replace=True to put "
+            "yours in its place."
+        ),
+    ),
+    (
+        errors.TransformNotRegisteredError("mix", []),
+        "transform 'mix' was not registered in this process, so it cannot be unregistered. Registered: none.",
+    ),
 ]
 
 
@@ -131,18 +229,15 @@ def test_every_message_word_for_word(error, text):
 @pytest.mark.parametrize("kind", BUILTINS)
 def test_every_error_is_a_kvquant_error_and_a_builtin(kind):
     """Code that knows nothing of kvquant can catch each as what it naturally is."""
-    assert issubclass(kind, errors.BackendError)
+    assert issubclass(kind, (errors.BackendError, errors.TransformError))
     assert issubclass(kind, errors.KVQuantError)
     assert issubclass(kind, BUILTINS[kind])
 
 
 def test_every_class_is_tested_here():
     """A new error gets a line in both lists."""
-    leaves = {
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BackendError)
-    }
-    leaves -= {errors.BackendError, errors.BackendUnavailableError}
-    assert leaves == set(BUILTINS) == {type(error) for error, _ in TEXTS}
+    every = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AnyPluginError)}
+    assert every - BASES == set(BUILTINS) == {type(error) for error, _ in TEXTS}
 
 
 def test_every_class_is_in_the_tree_of_the_docstring():
