@@ -10,7 +10,7 @@ attributes, so that code need not parse text::
     │   ├── UnsupportedError                a value that this backend or model cannot do
     │   ├── JournalSettingsError            results of a run with other settings
     │   └── PluginNameError                 a name that a new plugin cannot have
-    │       └── PluginNameTakenError        ... because an installed backend has it
+    │       └── PluginNameTakenError        ... because an installed plugin has it
     ├── BackendError                        a backend, or the declaration of one
     │   ├── UnknownBackendError (ValueError)        no installed backend has that name
     │   ├── BackendUnavailableError (ImportError)   there is one, and it cannot be used

@@ -21,15 +21,16 @@ class PluginNameError(ConfigError):
 
 
 class PluginNameTakenError(PluginNameError):
-    """A name that an installed backend has.
+    """A name that an installed backend or transform has, or its distribution.
 
     Attributes:
         distribution, version: who has it.
+        kind: ``"backend"`` or ``"transform"``.
     """
 
-    def __init__(self, name: str, distribution: str, version: str, suggestion: str) -> None:
-        self.distribution, self.version = distribution, version
-        super().__init__(name, f"a backend of that name comes with {origin(distribution, version)}", suggestion)
+    def __init__(self, name: str, distribution: str, version: str, suggestion: str, kind: str = "backend") -> None:
+        self.distribution, self.version, self.kind = distribution, version, kind
+        super().__init__(name, f"a {kind} of that name comes with {origin(distribution, version)}", suggestion)
 
 
 class ProjectFolderError(KVQuantError, OSError):

@@ -8,8 +8,8 @@ import unicodedata
 from dataclasses import dataclass
 
 from kvquant.errors import PluginNameError, PluginNameTakenError
-from kvquant.plugin.hookspecs import BACKEND_GROUP
 from kvquant.registry.discovery import InstalledPlugin, installed_plugins, normalise_distribution
+from kvquant.registry.kinds import BACKEND, TRANSFORM
 
 PREFIX = "kvquant-plugin-"
 LONGEST = 30
@@ -53,14 +53,15 @@ def names_for(name: str) -> Names:
 
     Raises:
         PluginNameError: it cannot be a name; the message says what a good one is and suggests one.
-        PluginNameTakenError: an installed backend, or a built-in one, has that name.
+        PluginNameTakenError: an installed plugin, or a built-in one, has that name.
     """
     problem = _problem(name)
     if problem:
         raise PluginNameError(name, problem, _suggestion(name))
     owner = _owner(name)
     if owner:
-        raise PluginNameTakenError(name, owner.distribution, owner.version, _suggestion(name))
+        kind = BACKEND.name if owner.group == BACKEND.group else TRANSFORM.name
+        raise PluginNameTakenError(name, owner.distribution, owner.version, _suggestion(name), kind)
     return Names(name)
 
 
@@ -75,8 +76,12 @@ def _problem(name: str) -> str:
 
 
 def _owner(name: str) -> InstalledPlugin | None:
-    """Return who has the name, as a backend's or as a distribution's: each would hide the other."""
-    for plugin in installed_plugins(BACKEND_GROUP):
+    """Return who has the name, as a plugin's or as a distribution's.
+
+    Each of two distributions would hide the other, and so would each of two backends. A transform might share its name
+    with a backend, but whoever says the name then has to say which one is meant.
+    """
+    for plugin in (*installed_plugins(BACKEND.group), *installed_plugins(TRANSFORM.group)):
         if plugin.name == name or normalise_distribution(plugin.distribution) == PREFIX + name:
             return plugin
     return None

@@ -74,6 +74,19 @@ def test_names_of_installed_backends_are_taken():
     assert names_for("good").backend == "good"
 
 
+def test_names_of_transforms_are_taken_too(tmp_path):
+    """And those of their distributions, which the new project would hide."""
+    with pytest.raises(PluginNameTakenError, match=r"a transform of that name comes with kvquant .*: my-hadamard$"):
+        names_for("hadamard")
+    info = tmp_path / "kvquant_plugin_foo-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvquant-plugin-foo\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvquant.transforms]\nbar = nowhere\n")
+    with plugins_on_path(tmp_path), pytest.raises(PluginNameTakenError) as caught:
+        names_for("foo")
+    assert (caught.value.kind, caught.value.distribution) == ("transform", "kvquant-plugin-foo")
+
+
 def test_the_distribution_of_another_backend_is_taken(tmp_path):
     """Installing the new project would take the place of the old one."""
     info = tmp_path / "kvquant_plugin_foo-1.0.dist-info"
