@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvquant.errors import KVQuantError
     from kvquant.registry import (
         Backend,
+        TransformPlugin,
         get_backend,
         get_transform,
         list_backends,
@@ -40,6 +41,7 @@ __all__ = [
     "register",
     "unregister",
     "Backend",
+    "TransformPlugin",
     "KVQuantError",
     "__version__",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "register": "kvquant.registry",
     "unregister": "kvquant.registry",
     "Backend": "kvquant.registry",
+    "TransformPlugin": "kvquant.registry",
     "KVQuantError": "kvquant.errors",
 }
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvquant.errors import listing
+
 if TYPE_CHECKING:
     from kvquant.plugin.spec import Scheme
 
@@ -60,12 +62,12 @@ class Capabilities:
             ("dtype", dtype, self.dtypes),
         ]
         reasons = [
-            f"{option}={value!r} is not supported; supported: {', '.join(map(str, allowed))}"
+            f"{option}={value!r} is not supported; supported: {listing(allowed)}"
             for option, value, allowed in checks
             if value is not None and allowed is not None and value not in allowed
         ]
         unknown = [name for name in scheme.options if name not in self.options]
         if unknown:
-            known = ", ".join(self.options) or "none"
+            known = listing(self.options)
             reasons += [f"option {name!r} is unknown to this backend; known: {known}" for name in unknown]
         return reasons

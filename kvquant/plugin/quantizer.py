@@ -31,7 +31,7 @@ class QuantizedRows:
         offset: floating ``[n_groups]``, finite; affine format, and trellis format where rows have one.
         table: floating ``[2**nbits]``, finite, the same for every row; codebook format, and trellis format, where it
             has ``2**(nbits + 1)`` entries for numbers of about unit size.
-        taps: two numbers below 512, the same for every row; trellis format, which has 1 to 3 bits.
+        taps: two whole numbers from 1 to 511, the same for every row; trellis format, which has 1 to 3 bits.
     """
 
     codes: Tensor
@@ -43,7 +43,7 @@ class QuantizedRows:
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """Quantised rows in a form that only the backend can read: the way out for methods that fit neither format.
+    """Quantised rows in a form that only the backend can read: the way out for methods that fit no canonical format.
 
     Slower than the canonical formats: attention must call the backend's `dequantize` for each block it reads.
 

@@ -12,6 +12,8 @@ from kvquant.registry.found import IN_PROCESS
 from kvquant.registry.public import (
     ALLOW_VARIABLE,
     BLOCK_VARIABLE,
+    TRANSFORM_ALLOW_VARIABLE,
+    TRANSFORM_BLOCK_VARIABLE,
     check_backend_name,
     check_transform_name,
     find_backend,
@@ -30,6 +32,8 @@ __all__ = [
     "ALLOW_VARIABLE",
     "BLOCK_VARIABLE",
     "IN_PROCESS",
+    "TRANSFORM_ALLOW_VARIABLE",
+    "TRANSFORM_BLOCK_VARIABLE",
     "Availability",
     "Backend",
     "TransformPlugin",

@@ -40,12 +40,16 @@ def call_plugin(function: Callable[[], T]) -> T:
 
 def describe(error: BaseException) -> str:
     """Return type and message of `error` on one line."""
-    kind = type(error).__name__
-    try:
-        message = one_line(str(error))
-    except Exception:  # noqa: BLE001 # the message is computed by the plugin's code, too
-        message = ""
+    kind, message = type(error).__name__, message_of(error)
     return f"{kind}: {message}" if message else kind
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of `error` on one line; empty where it has none, or fails to say it."""
+    try:
+        return one_line(str(error))
+    except Exception:  # noqa: BLE001 # the message is computed by the plugin's code, too
+        return ""
 
 
 def one_line(text: str) -> str:

@@ -14,20 +14,23 @@ from dataclasses import dataclass, field
 INSTALL_COMMANDS = {
     "bitsandbytes": "pip install 'kvquant[bitsandbytes]'",
     "hqq": "pip install 'kvquant[hqq]'",
+    "lloydmax": "pip install kvquant",
     "quanto": "pip install 'kvquant[quanto]'",
     "reference": "pip install kvquant",
+    "trellis": "pip install kvquant",
 }
 
-#: What else people call them.
+#: What else people call them, or what does the same, best first.
 OTHER_NAMES = {
-    "bnb": "bitsandbytes",
-    "half-quadratic": "hqq",
-    "kivi": "reference",
-    "minmax": "reference",
-    "optimum": "quanto",
-    "optimum-quanto": "quanto",
-    "optimum.quanto": "quanto",
-    "optimum_quanto": "quanto",
+    "bnb": ("bitsandbytes",),
+    "half-quadratic": ("hqq",),
+    "kivi": ("reference",),
+    "minmax": ("reference",),
+    "optimum": ("quanto",),
+    "optimum-quanto": ("quanto",),
+    "optimum.quanto": ("quanto",),
+    "optimum_quanto": ("quanto",),
+    "turboquant": ("lloydmax", "trellis"),
 }
 
 
@@ -41,7 +44,7 @@ class Hints:
     """
 
     commands: Mapping[str, str] = field(default_factory=dict)
-    other_names: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def suggest(self, name: str, installed: Iterable[str]) -> tuple[str, ...]:
         """Return what `name` may have been meant to be, closest first.
@@ -51,7 +54,7 @@ class Hints:
             installed: names of those installed, with or without ``"distribution:"`` before them.
         """
         if name in self.other_names:
-            return (self.other_names[name],)
+            return self.other_names[name]
         known = {*installed, *self.commands} - {name}
         return tuple(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7))
 

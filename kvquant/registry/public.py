@@ -17,6 +17,8 @@ TRANSFORMS = Registry(TRANSFORM, TransformPlugin)
 
 BLOCK_VARIABLE = BACKEND.block_variable
 ALLOW_VARIABLE = BACKEND.allow_variable
+TRANSFORM_BLOCK_VARIABLE = TRANSFORM.block_variable
+TRANSFORM_ALLOW_VARIABLE = TRANSFORM.allow_variable
 
 
 # ------------------------------------------------------------------------------------------------ backends

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvquant.errors import HeadDimError, TransformContractError, TransformFactoryError, TransformImportError
 from kvquant.plugin.transform import Transform, TransformSpec
 from kvquant.registry.found import Found
-from kvquant.registry.guard import PluginError, one_line
+from kvquant.registry.guard import PluginError, message_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class TransformPlugin(Found[TransformSpec]):
         except PluginError as error:
             cause = error.__cause__
             if isinstance(cause, ValueError):
-                raise HeadDimError(self.name, head_dim, one_line(str(cause))) from cause
+                # Without a message, the type is all that is known.
+                raise HeadDimError(self.name, head_dim, message_of(cause) or error.problem) from cause
             raise TransformFactoryError(self.name, self.distribution, self.version, head_dim, error.problem) from cause
         if not isinstance(transform, Transform):
             kind = type(transform).__name__

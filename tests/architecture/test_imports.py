@@ -97,6 +97,7 @@ def test_the_public_names():
         "register",
         "unregister",
         "Backend",
+        "TransformPlugin",
         "KVQuantError",
         "__version__",
     ]

@@ -18,6 +18,8 @@ def kvquant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run a command: ``kvquant("info", "hqq")``."""
     for variable in (registry.BLOCK_VARIABLE, registry.ALLOW_VARIABLE, "KVQUANT_DEBUG", "NO_COLOR"):
         monkeypatch.delenv(variable, raising=False)
+    for variable in (registry.TRANSFORM_BLOCK_VARIABLE, registry.TRANSFORM_ALLOW_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
     return lambda *arguments: CliRunner().invoke(cli, arguments, prog_name="kvquant")
 
 

@@ -26,8 +26,10 @@ def installed() -> Callable[[str], list[registry.Backend]]:
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(registry.BLOCK_VARIABLE, raising=False)
-    monkeypatch.delenv(registry.ALLOW_VARIABLE, raising=False)
+    for variable in (registry.BLOCK_VARIABLE, registry.ALLOW_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in (registry.TRANSFORM_BLOCK_VARIABLE, registry.TRANSFORM_ALLOW_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def test_a_name_of_the_table_that_is_not_installed_gets_its_command(monkeypatch)
 def test_other_names_for_a_backend_lead_to_it():
     """What people call a backend elsewhere is recognised, and not taken for the name."""
     assert "Did you mean 'bitsandbytes'?" in message("bnb")
+    assert "Did you mean 'lloydmax' or 'trellis'?" in message("TurboQuant")
 
 
 def test_a_misspelt_distribution_gets_the_qualified_name():

@@ -56,6 +56,13 @@ class Same:
     undo = apply_to_query = apply
 
 
+class UnspeakableError(ValueError):
+    """Fails to say what is wrong."""
+
+    def __str__(self):
+        raise RuntimeError
+
+
 def transform(name="mine", factory=Same, **fields):
     return TransformSpec(name, factory, **fields)
 
@@ -175,6 +182,21 @@ def test_a_size_that_cannot_be_done_is_an_error_of_its_own(install):
     with pytest.raises(HeadDimError) as caught:
         kvquant.get_transform("halves").create(80)
     assert str(caught.value) == "transform 'halves' cannot do head_dim=80: at most 64 channels work"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError(), ValueError("\n"), UnspeakableError()], ids=["empty", "blank", "raises"]
+)
+def test_a_size_that_is_refused_without_a_word_is_an_error_like_any_other(known, error):
+    """The type is all that is known then."""
+
+    def refuses(head_dim):
+        raise error
+
+    known(transform("refuses", refuses))
+    with pytest.raises(HeadDimError) as caught:
+        kvquant.get_transform("refuses").create(3)
+    assert str(caught.value) == f"transform 'refuses' cannot do head_dim=3: {type(error).__name__}"
 
 
 def test_a_factory_that_fails_otherwise_says_whose_it_is(known, install):

@@ -88,6 +88,16 @@ def test_it_works_with_every_backend(known, backend):
     torch.testing.assert_close(cache.layers[0].values, states.flip(2), rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize(("backend", "nbits", "share"), [("lloydmax", 4, 0.1), ("trellis", 3, 0.2)])
+def test_it_works_with_backends_of_few_bits(known, backend, nbits, share):
+    """As above, up to the error of the bits; `share` is of the length of the states."""
+    known()
+    plain = {"smoothing_key": False, "smoothing_value": False, "scale_bits": 16}
+    cache, states = filled(backend=backend, nbits=nbits, rotation_key="mine", rotation_value="hadamard", **plain)
+    for read, given in ((cache.layers[0].keys, states), (cache.layers[0].values, states.flip(2))):
+        assert float((read - given).norm() / given.norm()) < share
+
+
 @pytest.mark.parametrize("names", [("mine", None), (None, "mine"), ("mine", "mine")], ids=str)
 def test_attention_maps_the_query_and_never_the_history(known, names):
     """Queries one way, results the other; also where the map is no rotation."""
