@@ -121,8 +121,8 @@ def _totals(rows: list[AttentionRow], queries: int) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         bits = "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}"
-        output = interval_text(row.output, "{:.3g}", 100)
-        table.add_row(escape(row.cache), bits, f"{100 * row.key:.3g}", f"{100 * row.value:.3g}", output)
+        errors = ("-" if error is None else f"{100 * error:.3g}" for error in (row.key, row.value))
+        table.add_row(escape(row.cache), bits, *errors, interval_text(row.output, "{:.3g}", 100))
     return table
 
 

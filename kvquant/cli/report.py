@@ -33,6 +33,8 @@ def report(files: tuple[Path, ...], output: Path, title: str | None) -> None:
       kvquant eval perplexity --json > perplexity.json
       kvquant eval needle --json > needle.json
       kvquant eval longbench --data DIR --json > longbench.json
+      kvquant eval attention --json > attention.json
+      kvquant rate-distortion --json > rate-distortion.json
       kvquant bench --json > bench.json
       kvquant plan --json > plan.json
       kvquant tune --budget 2.5 --json > tune.json

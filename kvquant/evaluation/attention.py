@@ -90,13 +90,13 @@ class LayerErrors:
 
     Attributes:
         layer: its number in the cache.
-        key, value: of quantised keys and values.
+        key, value: of quantised keys and values; None where none were quantised, in any window.
         output: of attention's output, a mean over queries.
     """
 
     layer: int
-    key: float
-    value: float
+    key: float | None
+    value: float | None
     output: float
 
 
@@ -108,7 +108,7 @@ class AttentionRow:
         cache: its label.
         context: tokens in the cache at the end of a window.
         bits_per_element: of what is quantised (codes, scales, offsets, tables), as measured; None where nothing was.
-        key, value: relative errors of quantised keys and values, means over layers.
+        key, value: relative errors of quantised keys and values, means over layers that quantise; None without one.
         output: relative error of attention's output, a mean over layers, with its interval.
         layers: the same layer by layer.
         windows: the mean error of the output in each window.
@@ -117,8 +117,8 @@ class AttentionRow:
     cache: str
     context: int
     bits_per_element: float | None
-    key: float
-    value: float
+    key: float | None
+    value: float | None
     output: Estimate
     layers: list[LayerErrors]
     windows: list[float]
@@ -165,13 +165,18 @@ def record(model: PreTrainedModel, cache: Cache, tokens: Tensor, queries: int) -
         tokens: int64 ``[1, tokens]``.
         queries: tokens at the end whose queries are kept.
 
+    Returns:
+        Layer -> what it got, for the layers that have a cache of their own: where layers share the states of others,
+        there is nothing of theirs to quantise.
+
     Raises:
         UnsupportedError: attention of this model cannot be recorded.
     """
     found: dict[int, Recorded] = {}
     with _attention(model, functools.partial(_record, found, queries)):
         model(input_ids=tokens, use_cache=True, **given(model, cache))
-    layers = {index: layer for index, layer in found.items() if layer.keys.shape[2] == tokens.shape[1]}
+    own = {index for index, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), Tensor)}
+    layers = {index: layer for index, layer in found.items() if index in own and layer.keys.shape[2] == tokens.shape[1]}
     if not layers:
         reason = "its attention is not made by one of transformers' attention functions, which is where they are seen"
         raise UnsupportedError(f"recording the states of {type(model).__name__}", [reason])
@@ -259,8 +264,8 @@ def _exact(states: Tensor, query: Tensor) -> Exact:
     return Exact(states.dequantize() if isinstance(states, LazyStates) else states.to(query.dtype))
 
 
-def changed_error(exact: Tensor, held: Tensor) -> float:
-    """Return the relative error of the tokens that came back changed; 0 if none did.
+def changed_error(exact: Tensor, held: Tensor) -> float | None:
+    """Return the relative error of the tokens that came back changed; None if none did.
 
     Args:
         exact, held: ``[1, kv_heads, tokens, head_dim]``.
@@ -268,7 +273,7 @@ def changed_error(exact: Tensor, held: Tensor) -> float:
     difference = held.double() - exact.double()
     tokens = difference.abs().amax(dim=(0, 1, 3)) > 0
     if not tokens.any():
-        return 0.0
+        return None
     return float(difference[:, :, tokens].norm() / exact.double()[:, :, tokens].norm())
 
 
@@ -391,21 +396,31 @@ class _Window:
 
 def _row(label: str, context: int, found: Sequence[dict[str, Any]], seed: int) -> AttentionRow:
     layers = [
-        LayerErrors(same[0]["layer"], *(_mean([one[name] for one in same]) for name in ("key", "value", "output")))
+        LayerErrors(
+            layer=same[0]["layer"],
+            key=_known_mean([one["key"] for one in same]),
+            value=_known_mean([one["value"] for one in same]),
+            output=_mean([one["output"] for one in same]),
+        )
         for same in zip(*(part["layers"] for part in found), strict=True)
     ]
     outputs = [_mean([layer["output"] for layer in part["layers"]]) for part in found]
-    bits = [part["bits"] for part in found if part["bits"] is not None]
     return AttentionRow(
         cache=label,
         context=context,
-        bits_per_element=_mean(bits) if bits else None,
-        key=_mean([layer.key for layer in layers]),
-        value=_mean([layer.value for layer in layers]),
+        bits_per_element=_known_mean([part["bits"] for part in found]),
+        key=_known_mean([layer.key for layer in layers]),
+        value=_known_mean([layer.value for layer in layers]),
         output=intervals.estimate(intervals.mean, outputs, seed=seed),
         layers=layers,
         windows=outputs,
     )
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that there are, None where there is none."""
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,18 +21,29 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from kvquant._version import __version__
 from kvquant.errors import KVQuantError, MissingExtraError, ReportFileError
 from kvquant.errors.base import did_you_mean
+from kvquant.evaluation.attention import AttentionReport
 from kvquant.evaluation.bench import BenchReport
 from kvquant.evaluation.longbench.report import LongBenchReport
 from kvquant.evaluation.needle import NeedleReport
 from kvquant.evaluation.perplexity import PerplexityReport
 from kvquant.evaluation.plan import PlanReport
+from kvquant.evaluation.rate_distortion import RateDistortionReport
 from kvquant.evaluation.tuning.report import TuneReport
 
 if TYPE_CHECKING:
     from cattrs import Converter
 
 #: Any of them.
-Report = PerplexityReport | NeedleReport | LongBenchReport | BenchReport | PlanReport | TuneReport
+Report = (
+    PerplexityReport
+    | NeedleReport
+    | LongBenchReport
+    | AttentionReport
+    | RateDistortionReport
+    | BenchReport
+    | PlanReport
+    | TuneReport
+)
 
 #: Problems of a file that are told at most.
 _TOLD = 3
@@ -62,6 +73,36 @@ class EvaluationFile(TypedDict):
     machine: Machine
     model: str
     settings: _Settings
+
+
+class _AttentionSettings(_Settings):
+    queries: int
+
+
+class AttentionFile(TypedDict):
+    """The same of `kvquant eval attention`."""
+
+    machine: Machine
+    model: str
+    settings: _AttentionSettings
+
+
+class _RateDistortionSettings(_Settings):
+    states: list[str]
+    streams: list[str]
+    tokens: int
+    heads: int
+    head_dim: int
+    device: str
+    seed: int
+
+
+class RateDistortionFile(TypedDict):
+    """The same of `kvquant rate-distortion`."""
+
+    machine: Machine
+    model: str
+    settings: _RateDistortionSettings
 
 
 class _PlannedModel(TypedDict):
@@ -94,9 +135,18 @@ class PlanFile(TypedDict):
     settings: _PlanSettings
 
 
-class _TuneBudget(TypedDict):
+class _Bits(TypedDict):
     bits: float
     memory: int | None
+
+
+class _TuneBudget(_Bits, total=False):  # what there is only where memory is the budget
+    left: float
+    weights: int
+    overhead: int
+    context: int
+    batch: int
+    takes: dict[str, int]
 
 
 class _TuneSettings(_Settings):
@@ -155,6 +205,8 @@ KINDS: dict[str, Kind] = {
     "perplexity": Kind("kvquant eval perplexity", PerplexityReport),
     "needle": Kind("kvquant eval needle", NeedleReport),
     "longbench": Kind("kvquant eval longbench", LongBenchReport),
+    "attention": Kind("kvquant eval attention", AttentionReport, AttentionFile),
+    "rate_distortion": Kind("kvquant rate-distortion", RateDistortionReport, RateDistortionFile),
     "bench": Kind("kvquant bench", BenchReport, BenchFile),
     "plan": Kind("kvquant plan", PlanReport, PlanFile),
     "tune": Kind("kvquant tune", TuneReport, TuneFile),

@@ -19,6 +19,7 @@ from kvquant.engine.config import CacheConfig
 from kvquant.evaluation.bench import BenchReport
 from kvquant.evaluation.candidates import FULL
 from kvquant.evaluation.contenders import Contender
+from kvquant.evaluation.rate_distortion import RateDistortionReport, RateDistortionRow
 from kvquant.evaluation.reports import Report, ReportFile
 
 #: A cache: what it is called, and its options in one order, those at kvquant's defaults left out.
@@ -87,11 +88,17 @@ def _merged(reports: Sequence[Any]) -> Any:
     parts = list(dict.fromkeys(part for part, _ in rows))
     caches = {label: settings for report in reports for label, settings in report.settings["caches"].items()}
     ordered = tuple(row for wanted in parts for (part, _), row in rows.items() if part == wanted)
-    return dataclasses.replace(first, settings={**first.settings, "caches": caches}, rows=ordered)
+    merged = dataclasses.replace(first, settings={**first.settings, "caches": caches}, rows=ordered)
+    if isinstance(merged, RateDistortionReport):
+        left_out = {name: why for report in reports for name, why in report.left_out.items()}
+        return dataclasses.replace(merged, left_out=left_out)
+    return merged
 
 
 def _part(row: Any) -> Any:
-    """Return what tells apart the rows of one cache: the context length, or the task."""
+    """Return what tells apart the rows of one cache: the context length, the task, or the states and the stream."""
+    if isinstance(row, RateDistortionRow):
+        return row.states, row.stream
     return getattr(row, "context", None) or getattr(row, "task", None)
 
 
@@ -157,4 +164,8 @@ def _renamed(report: Report, names: Mapping[Identity, str]) -> Report:
         return dataclasses.replace(report, results=results)
     rows: Any = tuple(dataclasses.replace(row, cache=mine.get(row.cache, row.cache)) for row in report.rows)
     caches = {mine[label]: settings for label, settings in report.settings["caches"].items()}
-    return dataclasses.replace(report, settings={**report.settings, "caches": caches}, rows=rows)
+    renamed = dataclasses.replace(report, settings={**report.settings, "caches": caches}, rows=rows)
+    if isinstance(renamed, RateDistortionReport):
+        left_out = {mine.get(label, label): why for label, why in renamed.left_out.items()}
+        return dataclasses.replace(renamed, left_out=left_out)
+    return renamed

@@ -16,7 +16,9 @@ from kvquant.evaluation.page.pictures import picture
 from kvquant.evaluation.perplexity import PerplexityReport
 
 #: Kinds that say what a model's caches lose. What the others say of one model holds for all where they have no better.
-QUALITY = ("perplexity", "needle", "longbench", "tune")
+QUALITY = ("perplexity", "needle", "longbench", "attention", "tune")
+#: Kinds whose caches stand in the table only beside others that were measured with a model, unless there are none.
+_ASIDE = ("plan", "rate_distortion")
 
 _LEAD = (
     "A row is a cache. Bits per element are what it stores for each number that it quantises: codes, scales, offsets, "
@@ -73,8 +75,8 @@ def _summary(model: str, measured: Sequence[Measurement], kind: Callable[[str], 
 
 
 def _caches(named: Sequence[tuple[Measurement, Group]]) -> list[str]:
-    """Return the caches that were measured; those that only a plan knows where nothing was."""
-    measured = [group for one, group in named if one.kind != "plan"] or [group for _, group in named]
+    """Return the caches that were measured with a model or timed; those of the others where none were."""
+    measured = [group for one, group in named if one.kind not in _ASIDE] or [group for _, group in named]
     return list(dict.fromkeys(cache for group in measured for column in group.columns for cache in column.cells))
 
 
@@ -89,7 +91,7 @@ def bits_per_element(measured: Iterable[Measurement]) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in measured:
         for row in sorted(getattr(one.report, "rows", ()), key=lambda row: -getattr(row, "context", 0)):
-            if row.bits_per_element is not None:
+            if row.bits_per_element is not None and not hasattr(row, "stream"):  # which is half of a cache
                 found.setdefault(row.cache, row.bits_per_element)
     return found
 

@@ -24,6 +24,8 @@ def test_what_the_commands_print_is_put_on_a_page(kvquant: Command, tmp_path: Pa
     small = ("--contexts", "128", "--windows", "2", "--backends", cache)
     commands = {
         "perplexity": ("eval", "perplexity", *small, "--outliers", "16"),
+        "attention": ("eval", "attention", *small, "--queries", "4"),
+        "rate": ("rate-distortion", "--tokens", "256", "--heads", "1", "--backends", cache, "--streams", "key"),
         "plan": ("plan", "--backend", "reference:2", "--residual-length", "32", "--context", "256"),
     }
     files = [saved(tmp_path, f"{name}.json", kvquant(*words, "--json").stdout) for name, words in commands.items()]
@@ -36,6 +38,8 @@ def test_what_the_commands_print_is_put_on_a_page(kvquant: Command, tmp_path: Pa
     assert "<h1>My &lt;caches&gt;</h1>" in page
     for text in (
         "the outlier twin (factors up to 16) of the shipped model",
+        "Attention&#39;s output",
+        "Nearest to the bound is reference:2:residual_length=32 on",
         "reference:<wbr>2:<wbr>residual_length=32",
     ):
         assert text in page

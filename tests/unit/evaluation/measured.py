@@ -8,6 +8,7 @@ from typing import Any
 
 from kvquant._version import __version__
 from kvquant.engine.config import CacheConfig
+from kvquant.evaluation.attention import AttentionReport, AttentionRow, LayerErrors
 from kvquant.evaluation.bench import BenchOptions, BenchReport, CacheResult
 from kvquant.evaluation.contenders import parse_contenders
 from kvquant.evaluation.intervals import Estimate
@@ -18,6 +19,7 @@ from kvquant.evaluation.measure import Spread
 from kvquant.evaluation.needle import NeedleCell, NeedleReport, NeedleRow
 from kvquant.evaluation.perplexity import PerplexityReport, PerplexityRow
 from kvquant.evaluation.plan import PlanReport, PlanRow
+from kvquant.evaluation.rate_distortion import RateDistortionReport, RateDistortionRow
 from kvquant.evaluation.tuning.report import CurvePoint, StreamRow, TuneReport, TuneRow, UniformPoint
 
 MODEL = "the shipped model"
@@ -224,8 +226,61 @@ def tune() -> TuneReport:
     )
 
 
+def attention(widths: tuple[int, ...] = (4, 2)) -> AttentionReport:
+    rows = [
+        AttentionRow(
+            cache=f"reference:{width}",
+            context=context,
+            bits_per_element=BITS[width],
+            key=0.2 / width,
+            value=0.3 / width,
+            output=around(0.1 / width),
+            layers=[LayerErrors(layer, None if layer else 0.2 / width, 0.3 / width, 0.1 / width) for layer in (0, 1)],
+            windows=[0.1 / width] * 3,
+        )
+        for context in (256, 1024)
+        for width in widths
+    ]
+    chosen = settings(widths, queries=32, windows=4)
+    del chosen["caches"]["full"]
+    return AttentionReport(chosen, tuple(rows))
+
+
+def rate_distortion(widths: tuple[int, ...] = (4, 2), **left_out: str) -> RateDistortionReport:
+    rows = [
+        RateDistortionRow(
+            cache=f"reference:{width}",
+            states=states,
+            stream=stream,
+            axis="channel",
+            bits_per_element=BITS[width] + (stream == "key") / 8,
+            distortion=0.25**width,
+            snr=6.02 * width,
+            bound=float(width),
+            gap=BITS[width] - width,
+        )
+        for states in ("gaussian", "outliers")
+        for width in widths
+        for stream in ("key", "value")
+    ]
+    chosen = {"states": ["gaussian", "outliers"], "streams": ["key", "value"], "tokens": 4096, "heads": 4}
+    chosen |= {"head_dim": 64, "device": "cpu", "seed": 0, "caches": caches(widths), "versions": {}}
+    del chosen["caches"]["full"]
+    bound = [(0.0, 1.0), (2.0, 0.0625), (9.0, 4e-6)]
+    return RateDistortionReport(chosen, tuple(rows), {"gaussian": bound, "outliers": bound}, left_out)
+
+
 #: A report of each kind.
-ALL = {"perplexity": perplexity, "needle": needle, "longbench": longbench, "bench": bench, "plan": plan, "tune": tune}
+ALL = {
+    "perplexity": perplexity,
+    "needle": needle,
+    "longbench": longbench,
+    "attention": attention,
+    "rate_distortion": rate_distortion,
+    "bench": bench,
+    "plan": plan,
+    "tune": tune,
+}
 
 
 def printed(report: Any, *, model: str = MODEL, **machine: Any) -> dict[str, Any]:

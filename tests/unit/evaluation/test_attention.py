@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from kvquant.cache.cache import QuantizedCache
 from kvquant.demo import HELDOUT_FILE
@@ -87,6 +87,25 @@ def test_exact_states_decode_to_the_model_s_own_output(config: Any) -> None:
             torch.testing.assert_close(decoded(cache, layer, states[layer]), whole[-20:], rtol=1e-4, atol=1e-6)
 
 
+def test_layers_that_share_the_states_of_others_have_none_of_their_own() -> None:
+    """They hold no cache, so nothing of theirs is recorded; the others are as ever."""
+    shared = {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": 50,
+        "intermediate_size": [32] * 4,
+    }
+    model = tiny(AutoConfig.for_model("gemma3n_text", **{**SHAPE, **shared}))
+    tokens = torch.randint(50, (1, 60), generator=torch.Generator().manual_seed(1))
+    states = record(model, DynamicCache(config=model.config), tokens, 4)
+    assert list(states) == [0, 1]
+    cache = QuantizedCache("reference", config=model.config, nbits=2, group_size=16, residual_length=16)
+    for layer, recorded in states.items():
+        assert decoded(cache, layer, recorded).shape == (4, 4 * 16)
+
+
 @torch.no_grad()
 def test_quantised_states_decode_to_what_generation_gets() -> None:
     """In the first layer, whose states do not depend on the cache: token by token through the whole model."""
@@ -138,7 +157,7 @@ def test_errors_are_those_of_the_tokens_that_changed() -> None:
     """Exact ones do not make them smaller."""
     exact = torch.ones(1, 2, 4, 8)
     held = exact.clone()
-    assert changed_error(exact, held) == 0
+    assert changed_error(exact, held) is None
     held[:, :, 1] += 0.5
     held[:, :, 3] -= 0.5
     assert changed_error(exact, held) == pytest.approx(0.5)
@@ -176,10 +195,15 @@ def test_every_layer_and_every_cache() -> None:
 
 
 def test_a_cache_that_quantises_nothing_has_no_error() -> None:
-    """And no bits to speak of."""
+    """And no bits to speak of; a layer that is never quantised does not make the others look better."""
     (row,) = measured("reference:2:residual_length=512", windows=1).rows
-    assert (row.bits_per_element, row.key, row.value) == (None, 0, 0)
+    assert (row.bits_per_element, row.key, row.value) == (None, None, None)
     assert row.output.value < 1e-6
+    some, every = measured("reference:2:residual_length=16:skip_layers=[1],reference:2:residual_length=16").rows
+    assert (some.layers[1].key, some.layers[1].value) == (None, None)
+    others = [layer.key for layer in some.layers if layer.layer != 1]
+    assert some.key == pytest.approx(sum(others) / len(others))
+    assert some.layers[0] == every.layers[0]
 
 
 @pytest.mark.parametrize(

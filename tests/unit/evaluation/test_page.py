@@ -126,7 +126,7 @@ def test_it_can_be_read_aloud() -> None:
     assert not parsed.open
     assert parsed.all("html") == [{"lang": "en"}]
     alts = [picture["alt"] or "" for picture in parsed.all("img")]
-    assert len(alts) == 7
+    assert len(alts) == 9
     assert all(len(alt) > 80 for alt in alts)
     assert any("reference:2 0.0025 nats at 2.50 bits" in alt for alt in alts)
     assert any("At 4k: full 64.0 MiB and 100 ms;" in alt for alt in alts)
@@ -142,12 +142,14 @@ def test_all_kinds_are_shown_with_how_they_were_made() -> None:
         "Perplexity",
         "Needle in a haystack",
         "LongBench",
+        "Attention&#39;s output",
+        "Rate and distortion",
         "Memory and latency",
         "Plan",
         "Bits of each layer",
     ):
         assert f">{title}: <span" in page()
-    assert len(parsed.all("details")) == 6
+    assert len(parsed.all("details")) == 8
     assert all("open" not in one for one in parsed.all("details"))
     assert "kvquant eval perplexity --threads 1 --contexts 256,1024 --backends reference:4,reference:2 --json" in page()
     assert "transformers 5.23.0" in page()
@@ -176,9 +178,11 @@ def test_the_summary_joins_what_commands_call_differently() -> None:
     assert two[1].startswith("2.5")  # 1/1000 nat
     assert two[4].startswith("75")  # keys found
     assert two[5].startswith("61.5")  # LongBench
-    assert two[6] == two[7] == NOTHING.text  # of tune, which measured others
-    assert two[8] == "8.00"  # times smaller, of bench
-    assert two[9].startswith("12.5")  # ms a step
+    assert two[6].startswith("5")  # error of attention's output
+    assert two[7] == two[8] == NOTHING.text  # of tune, which measured others
+    assert two[9:13] == ["0.50"] * 4  # bits above Shannon's bound
+    assert two[13] == "8.00"  # times smaller, of bench
+    assert two[14].startswith("12.5")  # ms a step
     assert shown["full"][1] == shown["transformers:fp8:8"][1] == NOTHING.text
 
 
@@ -233,6 +237,15 @@ def test_bits_are_those_of_the_longest_context() -> None:
     }
 
 
+def test_what_was_measured_of_synthetic_states_stands_beside_a_model_s_caches() -> None:
+    """Caches that no model was measured with stand in no summary, unless there are no others."""
+    (beside,) = summed_up(file("needle", measured.needle((4,))), file("rate_distortion"))
+    (alone,) = summed_up(file("rate_distortion"))
+    assert beside.tables[0].caches == ("full", "reference:4")
+    assert set(alone.tables[0].caches) == {"reference:4", "reference:2"}
+    assert [group.heading for group in alone.tables[0].groups] == [f"Shannon's bound ({measured.MODEL})"]  # no bits
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 
@@ -267,6 +280,28 @@ def test_files_that_measured_the_same_are_put_together() -> None:
     )
     assert list(merged.report.settings["caches"]) == ["full", "reference:4", "reference:2"]
     assert [one.name for one in merged.files] == ["a.json", "b.json"]
+
+
+def test_rates_of_several_files_are_put_together() -> None:
+    """Each stream of each kind of states once, and what was left out of either with its reason."""
+    first, second = measured.rate_distortion((4,), quanto="not installed"), measured.rate_distortion((2,), hqq="broken")
+    (merged,) = measurements(
+        [file("rate_distortion", one, name=f"{at}.json") for at, one in enumerate((first, second))]
+    )
+    assert len(merged.report.rows) == 8
+    assert {row.cache for row in merged.report.rows} == {"reference:4", "reference:2"}
+    notes = part("rate_distortion").notes(merged.report)
+    assert notes == ("quanto is left out: not installed.", "hqq is left out: broken.")
+    assert "as values" in part("rate_distortion").seen(merged.report)
+
+
+def test_a_cache_that_quantised_nothing_is_told() -> None:
+    """It has an output, and no errors of keys and values."""
+    report = measured.attention((4,))
+    rows = [dataclasses.replace(row, bits_per_element=None, key=None, value=None) for row in report.rows]
+    report = dataclasses.replace(report, rows=tuple(rows))
+    assert part("attention").notes(report)[1] == "Nothing was quantised by reference:4."
+    assert "error of keys, %" not in make_page([file("attention", report)])
 
 
 @pytest.mark.parametrize("other", [{"model": TWIN}, {"report": measured.perplexity(seed=1)}])
