@@ -80,13 +80,13 @@ def bench(as_json: bool, plot: Path | None, **chosen: Any) -> None:
             report = _run(options, progress)
     except (ConfigError, UnknownBackendError) as error:
         raise click.UsageError(str(error)) from error
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _show(report)
+    if plot is not None:
+        save(figure.draw(report), plot)
+        click.echo(f"Wrote {plot}", err=True)
 
 
 def _options(chosen: dict[str, Any]) -> BenchOptions:

@@ -103,8 +103,17 @@ def _show(report: AttentionReport, loaded: LoadedModel, machine: dict[str, Any],
         "quantised. Output: of attention for the last tokens, each decoded over the cache; in brackets 95 % confidence "
         "intervals, from pieces of the text drawn again. Bits per element are of what is quantised."
     )
-    for line in (*left_out, note):
+    for line in (*left_out, note, *_exact(report)):
         out.print(line, style="dim", markup=False)
+
+
+def _exact(report: AttentionReport) -> list[str]:
+    """Say which caches have quantised nothing, and what would help."""
+    return [
+        f"{row.cache} has quantised none of {row.context} tokens: longer --contexts, or a shorter window."
+        for row in report.rows
+        if row.bits_per_element is None
+    ]
 
 
 def _totals(rows: list[AttentionRow], queries: int) -> Table:

@@ -98,7 +98,7 @@ def deliver(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Draw a report where that is asked for, and print it.
+    """Print a report, and draw it where that is asked for: should drawing fail, what was measured is told.
 
     Args:
         report: has `to_dict`.
@@ -111,10 +111,10 @@ def deliver(
     """
     from kvquant.evaluation.figures import save
 
-    if plot is not None:
-        save(draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
     if as_json:
         click.echo(json.dumps({"machine": machine, "model": title, **report.to_dict()}, indent=2))
     else:
         show()
+    if plot is not None:
+        save(draw(report), plot)
+        click.echo(f"Wrote {plot}", err=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvquant.cli.eval_options import SHARED, results_only, setting_options
+from kvquant.cli.eval_run import deliver
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +61,7 @@ def plan(as_json: bool, plot: Path | None, nbits: str | None, **chosen: Any) -> 
     as it would report itself, for full precision and for every width of the backends. With --memory the table says
     how long a context fits beside the weights.
     """
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import plan as figure
     from kvquant.evaluation.measure import describe_machine
     from kvquant.evaluation.plan import make_plan
@@ -76,13 +76,15 @@ def plan(as_json: bool, plot: Path | None, nbits: str | None, **chosen: Any) -> 
         shape = model_shape(name, dtype=dtype, batch=options.batch, weights=given)
         report = make_plan(shape, options)
         machine = describe_machine(options.device)
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": _title(report), **report.to_dict()}, indent=2))
-    else:
-        _show(report, detailed)
+    deliver(
+        report,
+        machine,
+        _title(report),
+        draw=figure.draw,
+        show=lambda: _show(report, detailed),
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 def _name(name: str | None) -> str:

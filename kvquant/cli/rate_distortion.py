@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvquant.cli.eval_options import SHARED, interruptible, results_only, run_options, setting_options
+from kvquant.cli.eval_run import deliver
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     metavar="LIST",
     help="Caches to measure, separated by commas: BACKEND[:NBITS...][:AXIS][:OPTION=VALUE...] with any backend and "
     "option of kvquant, a preset such as kivi-2, or transformers' own as transformers:quanto:4. One without bits "
-    "stands for all widths that it has. For example lloydmax,reference:2:scale=error:rotation_value=hadamard."
+    "stands for all whole widths that it has. For example lloydmax,reference:2:scale=error:rotation_value=hadamard."
     "  [default: every backend that can be used here]",
 )
 @click.option(
@@ -58,7 +58,7 @@ def rate_distortion(
     the best division of bits among them. Exit code 1 if nothing could be measured.
     """
     from kvquant.cli.console import progress_bar
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import rate_distortion as figure
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.measure import describe_machine, steady
@@ -73,13 +73,15 @@ def rate_distortion(
         ):
             report = measure_rate_distortion(options, journal, progress, left_out)
         machine = describe_machine(options.device)
-    if plot is not None and report.rows:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": "synthetic states", **report.to_dict()}, indent=2))
-    else:
-        _show(report, machine)
+    deliver(
+        report,
+        machine,
+        "synthetic states",
+        draw=figure.draw,
+        show=lambda: _show(report, machine),
+        plot=plot if report.rows else None,
+        as_json=as_json,
+    )
     if not report.rows:
         ctx.exit(1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from kvquant.cli.eval_options import (
     run_options,
     setting_options,
 )
+from kvquant.cli.eval_run import deliver, text_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 
 @click.command("tune")
 @model_options
-@click.option(
-    "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text in UTF-8 that the model has not been trained on; its beginning tunes, the rest verifies "
-    "[default: the held-out text of the shipped model].",
-)
+@text_option("the model has not been trained on; its beginning tunes, the rest verifies")
 @click.option("--budget", type=float, metavar="BITS", help="Bits per element at most, all stored bits counted.")
 @click.option("--memory", metavar="SIZE", help="Or the memory that weights and cache must fit into, such as 8GB.")
 @click.option("--context", help="Tokens in the cache then, such as 64k [default: the model's positions].")
@@ -49,7 +44,7 @@ if TYPE_CHECKING:
     help="The cache whose bits are tuned, without bits: BACKEND[:AXIS][:OPTION=VALUE...], or a preset, whose own do "
     "not count  [default: what measured best].",
 )
-@click.option("--widths", metavar="N,N[,N...]", help="Bits to choose from [default: all that the backend has].")
+@click.option("--widths", metavar="N,N[,N...]", help="Bits to choose from [default: all whole ones that it has].")
 @setting_options
 @click.option("--length", default="1k", show_default=True, help="Tokens of a window of the text, such as 1k.")
 @click.option("--prefill", type=int, help="Tokens of a window that are fed at once [default: half].")
@@ -77,15 +72,17 @@ def tune(
     """
     from kvquant.cli.console import progress_bar
     from kvquant.demo import HELDOUT_FILE
-    from kvquant.evaluation.figures import check_plot, save
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import tune as figure
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
     from kvquant.evaluation.measure import describe_machine, steady
+    from kvquant.evaluation.outputs import check_writable
     from kvquant.evaluation.tuning import tune as tuning
 
     check_plot(plot)
-    _check_config_out(config_out)
+    if config_out is not None:
+        check_writable("config_out", config_out, ".yaml", ".yml", ".json")
     subject, threads = model(chosen), chosen.pop("threads")
     with results_only(), steady(threads):
         options = _options(chosen)
@@ -98,16 +95,18 @@ def tune(
         ):
             report = tuning.tune(loaded, prepared, options, journal, progress)
         machine = describe_machine(subject["device"])
+    deliver(
+        report,
+        machine,
+        loaded.title,
+        draw=figure.draw,
+        show=lambda: _show(report, loaded, machine),
+        plot=plot,
+        as_json=as_json,
+    )
     if config_out is not None:
         _write_config(report, loaded, config_out)
         click.echo(f"Wrote {config_out}: {report.written}", err=True)
-    if plot is not None:
-        save(figure.draw(report), plot)
-        click.echo(f"Wrote {plot}", err=True)
-    if as_json:
-        click.echo(json.dumps({"machine": machine, "model": loaded.title, **report.to_dict()}, indent=2))
-    else:
-        _show(report, loaded, machine)
 
 
 def _options(chosen: dict[str, Any]) -> TuneOptions:
@@ -134,18 +133,6 @@ def _options(chosen: dict[str, Any]) -> TuneOptions:
 # ------------------------------------------------------------------------------------------------ the config
 
 
-def _check_config_out(path: Path | None) -> None:
-    """Refuse before the work a config that could not be written after it."""
-    from kvquant.errors import OptionValueError
-
-    if path is None:
-        return
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise OptionValueError("config_out", str(path), "a file name that ends in .yaml, .yml or .json")
-    if not path.absolute().parent.is_dir():
-        raise OptionValueError("config_out", str(path), "a file in a folder that exists")
-
-
 def _write_config(report: TuneReport, loaded: LoadedModel, path: Path) -> None:
     from kvquant._version import __version__
     from kvquant.engine.config import CacheConfig
@@ -154,7 +141,7 @@ def _write_config(report: TuneReport, loaded: LoadedModel, path: Path) -> None:
 
     config = CacheConfig.from_dict(report.config)
     head = f"# {report.written}, for {loaded.title}; kvquant {__version__} tune.\n# {numbers_line(report)}\n"
-    text = config.to_json() if path.suffix == ".json" else head + config.to_yaml()
+    text = config.to_json() if path.suffix.lower() == ".json" else head + config.to_yaml()
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as cause:
@@ -208,6 +195,7 @@ def _verified(report: TuneReport) -> Table:
     from rich.table import Table
 
     from kvquant.evaluation.page.parts import plural
+    from kvquant.evaluation.tuning.report import ratio_text
 
     settings = report.settings
     title = f"Held-out text, {plural(settings['verify'], 'window')}"
@@ -225,7 +213,7 @@ def _verified(report: TuneReport) -> Table:
     for row in report.rows:
         cells = [row.cache, f"{row.bits_per_element:.3f}", f"{1000 * row.predicted:.3g}"]
         cells.append(interval_text(row.kl, "{:.3g}", 1000))
-        cells.append("" if row.ratio is None else interval_text(row.ratio, "{:.3g}"))
+        cells.append("" if row.ratio is None else ratio_text(row.ratio))
         table.add_row(*map(escape, [*cells, interval_text(row.agreement, "{:.2f}", 100)]))
     return table
 

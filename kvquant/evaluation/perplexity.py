@@ -35,6 +35,9 @@ from kvquant.evaluation.teacher import Prefill, forced_logits, one_pass_logits
 #: Rows of logits that are scored at once, in float64.
 _ROWS = 32
 
+#: What needs less memory beside shorter windows.
+NEEDS_LESS = "a longer --prefill (fewer scored tokens), a smaller --dtype or a smaller model"
+
 #: Called as work goes on, with the number of tokens that were fed since the last call.
 Progress = Callable[[int], None]
 
@@ -246,7 +249,7 @@ def measure_perplexity(
         OutOfMemoryError: memory ran out; finished parts are in the journal.
     """
     planned = plan(loaded, text, options)
-    score_windows(loaded, planned, options, journal, progress)
+    score_windows(loaded, planned, options, journal, progress, advice=f"shorter --contexts, {NEEDS_LESS}")
     return PerplexityReport(journal.settings, tuple(_rows(journal, planned, options)))
 
 
@@ -256,6 +259,8 @@ def score_windows(
     options: PerplexityOptions,
     journal: Journal,
     progress: Progress = lambda _: None,
+    *,
+    advice: str,
 ) -> None:
     """Score windows through every cache, as far as they are not in the journal yet.
 
@@ -268,15 +273,12 @@ def score_windows(
         options: the caches, and how they are fed.
         journal: where results go.
         progress: told how far the work is.
+        advice: what would need less memory, by the caller's own options.
 
     Raises:
         OutOfMemoryError: memory ran out; finished parts are in the journal.
     """
-    journal.run(
-        _parts(loaded, planned, options),
-        lambda key: progress(int(key[0])),
-        advice="shorter windows, a longer --prefill (fewer scored tokens), a smaller --dtype or a smaller model",
-    )
+    journal.run(_parts(loaded, planned, options), lambda key: progress(int(key[0])), advice=advice)
 
 
 def _parts(

@@ -26,8 +26,8 @@ from kvquant.evaluation.planning.sizes import cache_sizes
 
 #: Tokens in the cache where neither the user nor the config says how many.
 _CONTEXT = 32 << 10
-#: Tokens that come one at a time where nobody says how many.
-_DECODED = 256
+#: Tokens that come one at a time where nobody says how many: with the first of them pages with spare room are made.
+DECODED = 256
 #: Points of a line of the picture.
 _POINTS = 25
 
@@ -80,7 +80,7 @@ class PlanOptions:
             OptionValueError: they are not fewer.
         """
         context = self.context or model.positions or _CONTEXT
-        decode = min(_DECODED, context - 1) if self.decode is None else self.decode
+        decode = min(DECODED, context - 1) if self.decode is None else self.decode
         if decode >= context:
             raise OptionValueError("decode", decode, f"fewer tokens than the context of {context}")
         return context, decode

@@ -72,9 +72,9 @@ class RateDistortionOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise OptionValueError(name, getattr(self, name), "at least 1")
+        for name, least in (("tokens", 2), ("heads", 1), ("head_dim", 1)):  # one token has no variance
+            if getattr(self, name) < least:
+                raise OptionValueError(name, getattr(self, name), f"at least {least}")
         for name, known in (("states", tuple(STATES)), ("streams", STREAMS)):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen) or set(chosen) - set(known):
@@ -161,7 +161,7 @@ class RateDistortionReport:
 
 
 def every_backend(shared: dict[str, Any] | None = None) -> tuple[tuple[Candidate, ...], dict[str, str]]:
-    """Return a cache for every backend that can be used here, in every width that it has.
+    """Return a cache for every backend that can be used here, in every whole width that it has.
 
     Args:
         shared: options of `CacheConfig` for all of them.
@@ -223,7 +223,7 @@ def bound_rate(distortion: float, variances: Tensor) -> float:
 def bound_curve(variances: Tensor) -> list[tuple[float, float]]:
     """Return points (rate, distortion) of Shannon's bound, from no bits to about nine."""
     shares = variances.double() / variances.double().mean()
-    lowest = math.log2(float(shares.log2().mean().exp2())) - 2 * _MOST_BITS
+    lowest = float(shares[shares > 0].log2().mean()) - 2 * _MOST_BITS  # a channel without variance takes no bits
     levels = torch.linspace(math.log2(float(shares.max())), lowest, _POINTS, dtype=torch.float64).exp2()
     return [
         (float((shares / level).log2().clamp(min=0).mean() / 2), float(shares.clamp(max=float(level)).mean()))

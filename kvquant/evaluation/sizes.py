@@ -1,8 +1,10 @@
-"""Numbers of tokens and of bytes as people write them: ``4k``, ``24GB``."""
+"""Numbers of tokens and of bytes as people write them: ``4k``, ``24GB``; and bounds, so that what is shown holds."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 
 from kvquant.errors import OptionValueError
 
@@ -50,3 +52,33 @@ def parse_bytes(option: str, text: str) -> int:
     if not count:
         raise OptionValueError(option, text, "a size with its unit, such as 24GB or 22.5GiB")
     return count
+
+
+# ------------------------------------------------------------------------------------------------ bounds
+
+
+def at_least(value: float, digits: int = 4) -> str:
+    """Return a lower bound with so many digits, rounded up: who takes what is shown keeps it."""
+    return _rounded(value, digits, math.ceil)
+
+
+def at_most(value: float, digits: int = 4) -> str:
+    """Return an upper bound with so many digits, rounded down."""
+    return _rounded(value, digits, math.floor)
+
+
+def bytes_at_least(count: float) -> str:
+    """Return a lower bound of bytes in powers of 1024, rounded up, as `parse_bytes` reads it."""
+    units = {"B": (1, 0), "KiB": (1 << 10, 1), "MiB": (1 << 20, 1), "GiB": (1 << 30, 2)}
+    unit, (size, places) = next((one for one in units.items() if count < 1024 * one[1][0]), ("GiB", units["GiB"]))
+    return f"{math.ceil(count / size * 10**places) / 10**places:.{places}f} {unit}"
+
+
+def _rounded(value: float, digits: int, towards: Callable[[float], int]) -> str:
+    if not value:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    near = round(value, places)
+    # What rounding alone has put beyond a number of few digits is that number.
+    exact = near if math.isclose(near, value, rel_tol=1e-9) else towards(value * 10**places) / 10**places
+    return f"{exact:.{digits}g}"

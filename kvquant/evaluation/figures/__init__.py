@@ -10,7 +10,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvquant.errors import MissingExtraError, OptionValueError
+from kvquant.errors import MissingExtraError
+from kvquant.evaluation.outputs import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,15 +27,11 @@ def check_plot(path: Path | None) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OptionValueError: it is no PNG file, or its folder does not exist.
+        OptionValueError: it is no PNG file, or cannot be written.
     """
-    if path is None:
-        return
-    if path.suffix.lower() != ".png":
-        raise OptionValueError("plot", str(path), "a file name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise OptionValueError("plot", str(path), "a file in a folder that exists")
-    require_matplotlib()
+    if path is not None:
+        check_writable("plot", path, ".png")
+        require_matplotlib()
 
 
 def require_matplotlib() -> None:

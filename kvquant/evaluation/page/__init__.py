@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvquant._version import __version__
 from kvquant.errors import MissingExtraError, OptionValueError
 from kvquant.evaluation.figures import require_matplotlib
+from kvquant.evaluation.outputs import check_writable
 from kvquant.evaluation.page.commands import command_line
 from kvquant.evaluation.page.naming import Measurement, measurements
 from kvquant.evaluation.page.parts import Origin, Section, plural
@@ -47,12 +48,9 @@ def check_output(path: Path) -> None:
     """Refuse a page that could not be written when it is made.
 
     Raises:
-        OptionValueError: it is no HTML file, or its folder does not exist.
+        OptionValueError: it is no HTML file, or cannot be written.
     """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise OptionValueError("output", str(path), "a file name that ends in .html")
-    if not path.absolute().parent.is_dir():
-        raise OptionValueError("output", str(path), "a file in a folder that exists")
+    check_writable("output", path, ".html", ".htm")
 
 
 def make_page(files: Sequence[ReportFile], title: str = TITLE) -> str:

@@ -11,14 +11,13 @@ import torch
 from kvquant.engine.memory import LayerMemory, format_bytes
 from kvquant.errors import OptionValueError
 from kvquant.evaluation.intervals import FloatArray
+from kvquant.evaluation.plan import DECODED
 from kvquant.evaluation.planning.model import ModelShape
 from kvquant.evaluation.planning.sizes import CacheSizes, cache_sizes
+from kvquant.evaluation.sizes import at_least, at_most, bytes_at_least
 from kvquant.evaluation.tuning.assignment import ROUNDING, mean_bits
 from kvquant.evaluation.tuning.sensitivity import StoredBits
 from kvquant.evaluation.tuning.space import Assignment, Space
-
-#: Tokens that come one at a time, as `kvquant plan` takes it: with the first of them pages with spare room are made.
-_DECODED = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Memory:
         return self._sizes(space, assignment).most(self.context)
 
     def _sizes(self, space: Space, assignment: Assignment) -> CacheSizes:
-        decode = min(_DECODED, self.context - 1)
+        decode = min(DECODED, self.context - 1)  # as `kvquant plan` takes it
         return cache_sizes(space.candidate(assignment), self.model, decode, torch.device(self.device))
 
     def rooms(self, space: Space, stored: StoredBits) -> tuple[FloatArray, float]:
@@ -118,8 +117,8 @@ def said_budget(bits: float, space: Space, stored: StoredBits) -> Budget:
     low, high = mean_bits(shares, stored.bits)
     if not low - ROUNDING <= bits <= high + ROUNDING:
         expected = (
-            f"{low:.4g} to {high:.4g} bits per element: {space.widths[0]:g}-bit codes everywhere take {low:.4g}, "
-            f"{space.widths[-1]:g}-bit codes {high:.4g}, scales and offsets included"
+            f"{at_least(low)} to {at_most(high)} bits per element: {space.widths[0]:g}-bit codes everywhere take "
+            f"{low:.4g}, {space.widths[-1]:g}-bit codes {high:.4g}, scales and offsets included"
         )
         raise OptionValueError("budget", bits, expected)
     return Budget(bits, shares)
@@ -143,7 +142,7 @@ def memory_budget(memory: Memory, space: Space, stored: StoredBits) -> Budget:
         needed = memory.nbytes - memory.free + smallest
         beside = f" and {format_bytes(memory.overhead)} of overhead" if memory.overhead else ""
         expected = (
-            f"at least {format_bytes(needed)} for {memory.context:,} tokens: weights take "
+            f"at least {bytes_at_least(needed)} for {memory.context:,} tokens: weights take "
             f"{format_bytes(memory.model.weights.nbytes)}{beside}, and the cache {format_bytes(smallest)} with "
             f"{space.widths[0]:g}-bit codes everywhere"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvquant.engine.memory import format_bytes
 from kvquant.evaluation.intervals import Estimate
+from kvquant.evaluation.sizes import at_most
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,13 @@ def budget_line(report: TuneReport) -> str:
     """Return how many bits there are, and why."""
     budget = report.settings["budget"]
     if budget["memory"] is None:
-        return f"at most {budget['bits']:.4g} bits per element"
+        return f"at most {at_most(budget['bits'])} bits per element"
     sequences = "" if budget["batch"] == 1 else f"{budget['batch']} times "
     overhead = f" and {format_bytes(budget['overhead'])} of overhead" if budget["overhead"] else ""
+    memory, weights, left = format_bytes(budget["memory"]), format_bytes(budget["weights"]), at_most(budget["left"])
     return (
-        f"{format_bytes(budget['memory'])} less weights of {format_bytes(budget['weights'])}{overhead} leave "
-        f"{budget['left']:.4g} bits per element at {sequences}{budget['context']:,} tokens, window and sink included"
+        f"{memory} less weights of {weights}{overhead} leave {left} bits per element at "
+        f"{sequences}{budget['context']:,} tokens, window and sink included"
     )
 
 
@@ -126,7 +128,7 @@ def numbers_line(report: TuneReport) -> str:
     tuned, *rivals = report.rows
     said = [f"tuned: {_measured(tuned)}"]
     for row in rivals:
-        ratio = "" if row.ratio is None else f", ratio {_interval(row.ratio)}"
+        ratio = "" if row.ratio is None else f", ratio {ratio_text(row.ratio)}"
         said.append(f"{row.cache}: {_measured(row)}{ratio}")
     return "; ".join(said)
 
@@ -140,6 +142,8 @@ def verdict(report: TuneReport) -> str:
             f"The tuned cache is not better on held-out text: {better.cache} has {_measured(better)}, "
             "and is the one to take."
         )
+    if len(report.rows) == 1:
+        return "No cache with one width everywhere is within the budget, so there is none to compare with."
     if report.is_uniform:
         return "The best assignment within the budget is a uniform one."
     unsure = [
@@ -154,5 +158,13 @@ def _measured(row: TuneRow) -> str:
     return f"KL {1000 * row.kl.value:.3g} at {row.bits_per_element:.3g} bits"
 
 
-def _interval(ratio: Estimate) -> str:
-    return f"{ratio.value:.3g}" if ratio.low is None else f"{ratio.value:.3g} ({ratio.low:.3g}, {ratio.high:.3g})"
+def ratio_text(ratio: Estimate) -> str:
+    """Return a ratio and its interval, whose ends are written so that they are on their side of 1."""
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.3g}"
+    return f"{ratio.value:.3g} ({beside_one(ratio.low)}, {beside_one(ratio.high)})"
+
+
+def beside_one(ratio: float) -> str:
+    """Return a ratio with three digits, or as many as it takes to see on which side of 1 it is."""
+    return next(text for digits in range(3, 18) if (text := f"{ratio:.{digits}g}") != "1" or ratio == 1)

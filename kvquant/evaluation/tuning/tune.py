@@ -22,8 +22,9 @@ from kvquant.evaluation import intervals
 from kvquant.evaluation.candidates import FULL, Candidate
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import LoadedModel, hash_tokens
-from kvquant.evaluation.perplexity import PerplexityOptions, Progress, Windows, score_windows
+from kvquant.evaluation.perplexity import NEEDS_LESS, PerplexityOptions, Progress, Windows, score_windows
 from kvquant.evaluation.planning.model import model_shape
+from kvquant.evaluation.sizes import at_most
 from kvquant.evaluation.tuning.assignment import ROUNDING, Costs, Solution, solve, trade_off
 from kvquant.evaluation.tuning.budget import Budget, Memory, memory_budget, said_budget
 from kvquant.evaluation.tuning.report import CurvePoint, StreamRow, TuneReport, TuneRow, UniformPoint
@@ -48,7 +49,7 @@ class TuneOptions:
 
     Attributes:
         base: options of the cache, without bits.
-        widths: widths to choose from, None for all that the backend has with these options.
+        widths: widths to choose from, None for all whole ones that the backend has with these options.
         budget: bits per element at most; or
         memory: bytes that weights and cache must fit into, with
         context: so many tokens, None for the model's positions,
@@ -192,7 +193,7 @@ def tune(
     floor, added = sensitivities(space, prepared.tuning, journal)
     costs = Costs(budget.shares, prepared.stored.bits, added)
     best = solve(costs, budget.bits)
-    solutions = {f"tuned to {budget.bits:.4g} bits": best, **_rivals(space, costs, budget.bits)}
+    solutions = {f"tuned to {at_most(budget.bits)} bits": best, **_rivals(space, costs, budget.bits)}
     compared = {name: _Compared.of(space, solution) for name, solution in solutions.items()}
     distinct = {one.candidate.label: one.candidate for one in compared.values()}
     _score(loaded, tuple(distinct.values()), prepared.verifying, options, journal, progress)
@@ -236,18 +237,20 @@ def _score(
     asked = PerplexityOptions(
         candidates=(_FULL, *candidates), contexts=(options.length,), prefill=options.first_pass, seed=options.seed
     )
-    score_windows(loaded, (windows,), asked, journal, progress)
+    score_windows(loaded, (windows,), asked, journal, progress, advice=f"a shorter --length, {NEEDS_LESS}")
 
 
 def _rivals(space: Space, costs: Costs, budget: float) -> dict[str, Solution]:
-    """Return the largest uniform assignment within a budget, and that with more bits for the keys, where one fits."""
+    """Return the largest uniform assignment within a budget, and that with more bits for the keys, where they fit."""
     fitting = [
         (value, key, solution)
         for value in space.widths
         for key in space.widths
         if (solution := _uniform(space, costs, key, value)).bits <= budget + ROUNDING and key >= value
     ]
-    value = max(value for value, key, _ in fitting if key == value)
+    value = max((value for value, key, _ in fitting if key == value), default=None)
+    if value is None:  # a width may take least in one stream, and more than another width elsewhere
+        return {}
     keys = {key: solution for one, key, solution in fitting if one == value}
     more = max(keys)
     rivals = {f"uniform {value:g}": keys[value]}

@@ -46,6 +46,19 @@ def test_tables_a_verdict_and_a_config_that_loads(tmp_path: Path) -> None:
     assert cache.config.residual_length == 32
 
 
+def test_what_was_found_is_printed_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full in the end takes nothing away."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = run("--budget", "3.1", "--json", "--config-out", str(tmp_path / "tuned.yaml"))
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["written"]
+    assert "a file that can be written ([Errno 28] No space left on device)" in result.stderr
+
+
 def test_another_budget_goes_on_with_what_was_measured(tmp_path: Path) -> None:
     """Sensitivities do not depend on it; the config has the layers of the JSON, and a second run says the same."""
     output, config = tmp_path / "run.jsonl", tmp_path / "tuned.json"

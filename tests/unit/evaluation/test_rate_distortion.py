@@ -58,6 +58,14 @@ def test_points_of_the_curve_are_on_the_bound(variances: torch.Tensor) -> None:
         assert bound_rate(distortion, variances) == pytest.approx(rate, abs=1e-6)
 
 
+def test_a_channel_without_variance_takes_no_bits() -> None:
+    """The bound is that of the others, for each of which there are more bits."""
+    some, every = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    for (rate, error), (less, same) in zip(bound_curve(some), bound_curve(every), strict=True):
+        assert (less, same) == (pytest.approx(rate / 2), pytest.approx(error))
+        assert bound_rate(same, every) == pytest.approx(less, abs=1e-6)
+
+
 @given(data=st.data(), variances=spreads)
 def test_no_division_of_bits_among_channels_is_better(data: st.DataObject, variances: torch.Tensor) -> None:
     """Each channel at its own bound, with any bits of its own."""
@@ -187,6 +195,7 @@ def test_a_journal_gives_the_same_again() -> None:
         ({"states": ("gauss",)}, "states='gauss' cannot work: expected one or more of gaussian, outliers, each once"),
         ({"streams": ("key", "key")}, "streams='key,key' cannot work"),
         ({"heads": 0}, "heads=0 cannot work: expected at least 1"),
+        ({"tokens": 1}, "tokens=1 cannot work: expected at least 2"),
     ],
 )
 def test_what_cannot_work_is_refused(others: dict[str, object], message: str) -> None:

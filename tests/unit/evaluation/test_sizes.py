@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvquant.errors import OptionValueError
-from kvquant.evaluation.sizes import parse_bytes, parse_contexts, parse_tokens
+from kvquant.evaluation.sizes import at_least, at_most, bytes_at_least, parse_bytes, parse_contexts, parse_tokens
 
 
 def test_contexts_are_numbers_or_thousands() -> None:
@@ -34,3 +36,27 @@ def test_bad_bytes_are_refused(text: str) -> None:
     """A number without a unit could mean anything."""
     with pytest.raises(OptionValueError, match=r"24GB or 22\.5GiB"):
         parse_bytes("memory", text)
+
+
+@given(value=st.floats(1e-6, 1e9), digits=st.integers(2, 6))
+def test_a_bound_that_is_shown_holds(value: float, digits: int) -> None:
+    """Who takes what is shown keeps it, and it is no further off than its digits have it."""
+    low, high = at_least(value, digits), at_most(value, digits)
+    assert float(low) >= value * (1 - 1e-9)
+    assert float(high) <= value * (1 + 1e-9)
+    assert float(low) - float(high) <= 2 * value * 10 ** (1 - digits)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [(2.26625, "2.267", "2.266"), (2.5, "2.5", "2.5"), (0.1 + 0.2, "0.3", "0.3"), (0, "0", "0")],
+)
+def test_bounds_as_people_write_them(value: float, low: str, high: str) -> None:
+    """Numbers of few digits as they are, whatever their sums were rounded to."""
+    assert (at_least(value), at_most(value)) == (low, high)
+
+
+@given(count=st.integers(1, 1 << 45))
+def test_bytes_that_are_shown_to_be_enough_are(count: int) -> None:
+    """Read again, they are no fewer."""
+    assert parse_bytes("memory", bytes_at_least(count)) >= count

@@ -17,7 +17,7 @@ from kvquant.cache.cache import QuantizedCache
 from kvquant.demo import HELDOUT_FILE, MODEL_DIR
 from kvquant.engine.config import PRESETS, CacheConfig
 from kvquant.engine.settings import layer_settings
-from kvquant.errors import OptionValueError, UnsupportedError
+from kvquant.errors import OptionValueError, OutOfMemoryError, UnsupportedError
 from kvquant.evaluation.candidates import body_bits
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.journal import Journal
@@ -29,7 +29,7 @@ from kvquant.evaluation.teacher import forced_logits
 from kvquant.evaluation.tuning import tune as tuning
 from kvquant.evaluation.tuning.assignment import ROUNDING, Costs, mean_bits, solve, trade_off
 from kvquant.evaluation.tuning.budget import Memory, memory_budget, said_budget
-from kvquant.evaluation.tuning.report import numbers_line, verdict
+from kvquant.evaluation.tuning.report import numbers_line, ratio_text, verdict
 from kvquant.evaluation.tuning.sensitivity import stored_bits
 from kvquant.evaluation.tuning.space import Stream, find_space, parse_widths, tuning_options
 from kvquant.evaluation.tuning.text import split
@@ -248,6 +248,55 @@ def test_a_budget_that_no_assignment_meets_is_refused(budget: float) -> None:
         OptionValueError, match=r"expected 1\.5 to 4\.5 bits per element: 1-bit codes everywhere take 1\.5"
     ):
         said_budget(budget, *stored())
+
+
+def test_the_bounds_of_a_budget_are_kept_as_they_are_shown() -> None:
+    """Rounded inwards: who takes the least that is named is not refused."""
+    space, found = stored()
+    odd = dataclasses.replace(found, bits=found.bits + 0.00049)
+    for at, text in ((0, "1.501"), (2, "4.5")):
+        with pytest.raises(OptionValueError) as caught:
+            said_budget(9.0, space, odd)
+        assert caught.value.expected.split()[at] == text
+        assert said_budget(float(text), space, odd).bits == float(text)
+
+
+def test_where_no_uniform_cache_is_within_the_budget_there_is_none_to_compare_with() -> None:
+    """A width may take least in one stream, and more than another elsewhere."""
+    space = find_space(tuning_options(BASE), (1, 2), model_config(1))
+    costs = Costs(np.array([0.5, 0.5]), np.array([[1.0, 3.0], [3.0, 1.0]]), np.array([[1.0, 0.0], [1.0, 0.0]]))
+    assert solve(costs, 1.0).choice == (0, 1)
+    assert tuning._rivals(space, costs, 1.0) == {}
+    report = measured.tune()
+    alone = dataclasses.replace(report, rows=report.rows[:1])
+    assert verdict(alone).startswith("No cache with one width everywhere is within the budget")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(0.5, "0.5"), (0.9996, "0.9996"), (1.0004, "1.0004"), (1.0, "1"), (0.99999994, "0.9999999")]
+)
+def test_a_ratio_is_seen_to_be_on_its_side_of_one(ratio: float, text: str) -> None:
+    """As the verdict takes it, which is about the numbers and not what is shown of them."""
+    assert ratio_text(Estimate(0.9, 0.8, ratio)) == f"0.9 (0.8, {text})"
+
+
+def test_what_needs_less_memory_is_said_in_the_command_s_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its windows are as long as --length."""
+    loaded, text = demo()
+    options = TuneOptions(
+        base=tuning_options(BASE), widths=(1, 2), budget=2, length=192, prefill=128, windows=1, verify=2
+    )
+    prepared = tuning.prepare(loaded, text, options)
+
+    def too_much(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("kvquant.evaluation.perplexity._Window.score", too_much)
+    with (
+        Journal(None, tuning.run_settings(loaded, text, options, prepared.space)) as journal,
+        pytest.raises(OutOfMemoryError, match=r"What needs less: a shorter --length, a longer --prefill"),
+    ):
+        tuning.tune(loaded, prepared, options, journal)
 
 
 @pytest.mark.parametrize("context", [300, 2000])
