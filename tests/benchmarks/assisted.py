@@ -43,6 +43,9 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load_model(dtype=options.dtype)
     model, text = loaded.model, loaded.encode(HELDOUT_FILE.read_text("utf-8"))
+    most = 1 + (len(text) - options.tokens) // APART
+    if not 1 <= options.prompts <= most:
+        raise SystemExit(f"--prompts {options.prompts} cannot work: expected 1 to {most}, which the text has room for")
     prompts = [torch.tensor([text[at * APART :][: options.tokens]]) for at in range(options.prompts)]
 
     def new(bits: int | None) -> Cache:
