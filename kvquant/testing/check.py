@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kvquant.errors import KVQuantError, UnknownOptionError
+from kvquant.errors import KVQuantError, UnknownOptionError, listing
 from kvquant.registry.guard import describe
 from kvquant.testing.outcomes import CheckFailed, NotApplicable, Outcome, Status
 from kvquant.testing.subject import Case
@@ -168,9 +168,9 @@ def require_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: s
         if mine is None or yours is None or mine.shape != yours.shape or mine.dtype != yours.dtype:
             found.append(f"{name} (in kind)")
         elif not torch.equal(mine.nan_to_num(), yours.nan_to_num()):
-            apart = (mine.double() - yours.double()).abs().nan_to_num()
+            apart = (mine.detach().double() - yours.detach().double()).abs().nan_to_num()
             found.append(f"{name} ({int((apart > 0).sum())} of {apart.numel()}, by up to {float(apart.max()):.3g})")
-    require(not found, f"{what}: {', '.join(found)} differ")
+    require(not found, f"{what}: {listing(found)} differ")
 
 
 def needs_determinism(case: Case) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvquant import registry
 from kvquant.engine.border import Border
+from kvquant.engine.state import dtype_name
 from kvquant.engine.trellis import Taps, level_indices
 from kvquant.plugin.quantizer import Opaque, OpaqueQuantizer, QuantizedRows, Quantizer
 from kvquant.plugin.spec import Axis, Scheme
@@ -47,7 +48,9 @@ class Case:
     def __str__(self) -> str:
         scheme = self.scheme
         place = "" if self.device == "cpu" else f" on {self.device}"
-        return f"nbits={scheme.nbits}, axis={scheme.axis}, group_size={scheme.group_size}, {_name(self.dtype)}{place}"
+        return (
+            f"nbits={scheme.nbits}, axis={scheme.axis}, group_size={scheme.group_size}, {dtype_name(self.dtype)}{place}"
+        )
 
     @property
     def key(self) -> tuple[int, Axis, int, torch.dtype, str]:
@@ -231,7 +234,3 @@ def has_device(device: str) -> bool:
         return torch.zeros(1, device=device).device.type == device
     except (RuntimeError, AssertionError, NotImplementedError):  # torch's ways to say no, by device
         return False
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ from kvquant.testing.check import Check
 from kvquant.testing.checks import accuracy, contract, imports, independence, use
 
 CHECKS: tuple[Check, ...] = (
-    imports.listing,
+    imports.light_listing,
     imports.requirements,
     imports.missing_library,
     contract.creates,

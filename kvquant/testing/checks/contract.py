@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvquant.cache.cache import QuantizedCache
-from kvquant.errors import ConfigError, KVQuantError
+from kvquant.errors import ConfigError, KVQuantError, listing
 from kvquant.plugin.capabilities import AXES
 from kvquant.plugin.quantizer import Opaque
 from kvquant.plugin.spec import Scheme
@@ -112,15 +112,15 @@ def opaque_reading(case: Case) -> None:
     other = case.quantizer().dequantize(copied)  # type: ignore[attr-defined]  # opaque quantizers have it
     require(torch.equal(read, other), "another quantizer of the same scheme reads different numbers from a copy")
     elsewhere = [name for name, tensor in packed.tensors.items() if tensor.device != rows.device]
-    require(not elsewhere, f"{', '.join(elsewhere)} is not on {case.device}, where the rows are")
+    require(not elsewhere, f"{listing(elsewhere)} is not on {case.device}, where the rows are")
 
 
 @check("devices", "backend")
 def devices(subject: Subject) -> str:
     """Every declared device that this machine has is tried."""
     absent = [device for device in subject.backend.capabilities.devices if not has_device(device)]
-    require(subject.devices, f"none of the declared devices is here: {', '.join(absent)}")
-    return f"not tried, because this machine has none: {', '.join(absent)}" if absent else ""
+    require(subject.devices, f"none of the declared devices is here: {listing(absent)}")
+    return f"not tried, because this machine has none: {listing(absent)}" if absent else ""
 
 
 @check("refusals", "backend")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvquant.engine.state import dtype_name
+from kvquant.errors import listing
 from kvquant.plugin.spec import BackendSpec
 from kvquant.registry.discovery import normalise_distribution
 from kvquant.registry.found import IN_PROCESS
@@ -20,12 +22,12 @@ HEAVY = frozenset(
 
 
 @check("listing", "backend")
-def listing(subject: Subject) -> None:
+def light_listing(subject: Subject) -> None:
     """Listing the backend imports nothing heavy, no library of its own, and prints nothing."""
     spec = _installed_spec(subject)
     found = probe("listing", name=subject.backend.qualified_name)
     heavy = sorted((HEAVY | modules_of(_required(spec))) & set(found["imported"]))
-    require(not heavy, f"imports {', '.join(heavy)}; import inside functions instead")
+    require(not heavy, f"imports {listing(heavy)}; import inside functions instead")
     require(not found["printed"], f"prints {found['printed'].strip()[:200]!r}")
 
 
@@ -56,7 +58,7 @@ def missing_library(subject: Subject) -> None:
     require(found["status"] == "missing", f"it is listed as {found['status']!r} where its libraries are absent")
     require(found["hint"].strip(), "no next step is named: install_hint is blank")
 
-    hidden, libraries = modules_of(own), ", ".join(sorted(own))
+    hidden, libraries = modules_of(own), listing(sorted(own))
     if not hidden:
         raise NotApplicable(f"it is listed as missing; which modules {libraries} brings alone is not known")
     task = _task(subject)
@@ -93,6 +95,6 @@ def _task(subject: Subject) -> dict[str, Any]:
             "group_size": scheme.group_size,
             "options": dict(scheme.options),
         },
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "device": case.device,
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvquant.engine.encode import CHUNK_ELEMENTS
 from kvquant.engine.grouping import states_to_rows
+from kvquant.errors import listing
 from kvquant.testing import data
 from kvquant.testing.check import check, needs_determinism, require, require_same
 from kvquant.testing.subject import Case, Result
@@ -116,7 +117,7 @@ def _same_in_parts(case: Case, values: Tensor, splits: Iterable[list[int]]) -> N
             name: part if name == "table" else torch.cat([other[name] for other in parts])
             for name, part in parts[0].items()
         }
-        require_same(whole, joined, f"rows in calls of {', '.join(map(str, sizes))}")
+        require_same(whole, joined, f"rows in calls of {listing(sizes)}")
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(2))
     mixed = case.quantize(case.rows(values[order])).parts()
     picked = {name: part[order.to(part.device)] for name, part in whole.items() if name != "table"}
@@ -173,7 +174,7 @@ def modes(case: Case) -> None:
     with torch.enable_grad():
         result = case.quantize(rows, quantizer)
         asking = [name for name, part in result.copied().items() if part.requires_grad]
-    require(not asking, f"{', '.join(asking)} asks for gradients")
+    require(not asking, f"{listing(asking)} asks for gradients")
     if case.backend.capabilities.deterministic:
         require_same(inferred, plain, "in inference mode")
         require_same(inferred, result.whole(), "with gradients on")

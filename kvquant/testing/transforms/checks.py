@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvquant.errors import HeadDimError
+from kvquant.errors import HeadDimError, TransformError, listing
 from kvquant.registry.found import IN_PROCESS
 from kvquant.testing import data
-from kvquant.testing.check import Check, check, require, some_cases
+from kvquant.testing.check import Check, check, require, require_same, some_cases
 from kvquant.testing.checks.imports import HEAVY
 from kvquant.testing.outcomes import CheckFailed, NotApplicable
 from kvquant.testing.probe import digest, probe
@@ -33,11 +33,11 @@ _MANY = 40_000
 
 
 @check("listing", "transform")
-def listing(subject: TransformSubject) -> None:
+def light_listing(subject: TransformSubject) -> None:
     """Listing the transform imports nothing heavy, and prints nothing."""
     found = probe("listing", name=_installed(subject), kind="transform")
     heavy = sorted(HEAVY & set(found["imported"]))
-    require(not heavy, f"imports {', '.join(heavy)}; import inside functions instead")
+    require(not heavy, f"imports {listing(heavy)}; import inside functions instead")
     require(not found["printed"], f"prints {found['printed'].strip()[:200]!r}")
 
 
@@ -51,8 +51,10 @@ def sizes(subject: TransformSubject) -> str:
         except HeadDimError as error:
             require(len(error.problem.split()) > 1, f"head_dim={head_dim} is refused without a reason")
             refused.append(head_dim)
-    require(len(refused) < len(HEAD_DIMS), f"none of the sizes works that were tried: {_listed(HEAD_DIMS)}")
-    return f"refused: {_listed(refused)}" if refused else ""
+        except TransformError as error:
+            raise CheckFailed(f"head_dim={head_dim}: {getattr(error, 'problem', error)}") from error
+    require(len(refused) < len(HEAD_DIMS), f"none of the sizes works that were tried: {listing(HEAD_DIMS)}")
+    return f"refused: {listing(refused)}" if refused else ""
 
 
 @check("shapes", "combination", basic=True)
@@ -83,7 +85,7 @@ def inverse(case: HeadCase) -> None:
 def linear(case: HeadCase) -> None:
     """The image of a weighted sum is the weighted sum of the images, there and back."""
     transform = case.transform()
-    one, other = case.states(16).double(), case.states(16, seed=5).double()
+    one, other = case.states(16), case.states(16, seed=5)
     for method in METHODS:
         mapped: Callable[[Tensor], Tensor] = getattr(transform, method)
         summed, images = mapped(3 * one - 100 * other), (mapped(one), mapped(other))
@@ -96,7 +98,7 @@ def linear(case: HeadCase) -> None:
 def query(case: HeadCase) -> None:
     """Queries meet keys as before: the product of both, mapped, is their product."""
     transform = case.transform()
-    queries, keys = case.states(16, seed=1).double(), case.states(16, seed=2).double()
+    queries, keys = case.states(16, seed=1), case.states(16, seed=2)
     mapped, images = transform.apply_to_query(queries).detach(), transform.apply(keys).detach()
     error = (mapped @ images.T - queries @ keys.T).abs()
     size = mapped.norm(dim=-1)[:, None] * images.norm(dim=-1) + queries.norm(dim=-1)[:, None] * keys.norm(dim=-1)
@@ -187,7 +189,7 @@ def cache(case: HeadCase) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    listing,
+    light_listing,
     sizes,
     shapes,
     inverse,
@@ -208,17 +210,10 @@ def _use(transform: HeadTransform, states: Tensor) -> list[Tensor]:
 
 
 def _same(one: Tensor, other: Tensor, what: str) -> None:
-    if not torch.equal(one, other):
-        apart = (one.detach().double() - other.detach().double()).abs()
-        count, most = int((apart > 0).sum()), float(apart.max())
-        raise CheckFailed(f"{what} gives another result ({count} of {apart.numel()} numbers, by up to {most:.3g})")
+    require_same({"numbers": one}, {"numbers": other}, what)
 
 
 def _installed(subject: TransformSubject) -> str:
     if subject.plugin.distribution == IN_PROCESS:
         raise NotApplicable("the transform is registered in this process; no plugin is imported")
     return subject.plugin.qualified_name
-
-
-def _listed(sizes: object) -> str:
-    return str(list(sizes)).strip("[]")  # type: ignore[call-overload]  # numbers

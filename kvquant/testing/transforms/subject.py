@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kvquant.engine.state import dtype_name
 from kvquant.errors import KVQuantError
 from kvquant.registry import TransformPlugin
 from kvquant.testing import data
@@ -42,7 +43,7 @@ class HeadCase:
 
     def __str__(self) -> str:
         place = "" if self.device == "cpu" else f" on {self.device}"
-        return f"head_dim={self.head_dim}, {str(self.dtype).removeprefix('torch.')}{place}"
+        return f"head_dim={self.head_dim}, {dtype_name(self.dtype)}{place}"
 
     def transform(self) -> HeadTransform:
         """Make a new one, as the core uses it."""
@@ -90,12 +91,12 @@ class TransformSubject:
         """Return the cases to try.
 
         Args:
-            per: all sizes and types, with ``"combination"``; ``"size"``: all sizes in float32; ``"dtype"``: all types
-                at the usual size; ``"usual"``: the usual size in float32.
+            per: all sizes and types, with ``"combination"``; ``"size"``: all sizes in float64, whose rounding hides
+                nothing; ``"dtype"``: all types at the usual size; ``"usual"``: the usual size in float32.
         """
         sizes, types = {
             "combination": (self.head_dims, _DTYPES),
-            "size": (self.head_dims, _DTYPES[:1]),
+            "size": (self.head_dims, (torch.float64,)),
             "dtype": (self.head_dims[:1], _DTYPES),
             "usual": (self.head_dims[:1], _DTYPES[:1]),
         }[per]
