@@ -14,6 +14,7 @@ from kvquant.testing.checks import CHECKS
 CONFIGURATIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...] = (
     ("reference", {}, None),
     ("reference", {"scale": "error"}, None),
+    ("reference", {"scale": "range"}, (1, 2, 3)),  # what it is not by itself
     ("lloydmax", {}, None),
     ("lloydmax", {"scale": "norm"}, None),
     ("hqq", {}, None),
