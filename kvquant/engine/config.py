@@ -77,7 +77,7 @@ class CacheConfig:
             channels, which helps keys on the token axis most.
         smoothing_key, smoothing_value: whether channels are centred, and outlier channels scaled down, by what the
             first quantised block says of them (see `kvquant.transforms.smoothing`). None smooths what has less than 4
-            bits.
+            bits, and keys on the token axis.
         scale_bits: bits in which each scale, and each offset, is stored: 16, or 8, as far as that does no harm (see
             `kvquant.engine.scales`); a scale that needs more gets more. None takes 8 for what has less than 4 bits,
             and 16 for all else.

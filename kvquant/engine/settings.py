@@ -166,15 +166,19 @@ def layer_settings(config: CacheConfig, layer: int | None = None) -> LayerSettin
         nbits, group_size = options[f"nbits_{stream}"], options[f"group_size_{stream}"]
         rotation, smooths = options[f"rotation_{stream}"], options[f"smoothing_{stream}"]
         nbits = options["nbits"] if nbits is None else nbits
+        axis = _axis(backend, f"axis_{stream}", options[f"axis_{stream}"])
+        if smooths is None:
+            # A scale that keys share over channels is ruined by outlier channels at any width.
+            smooths = nbits < LOW_BITS or (stream, axis) == ("key", "token")
         settings = StreamSettings(
             stream=stream,
             where="" if layer is None else f"layer {layer}",
             backend=backend,
             nbits=nbits,
-            axis=_axis(backend, f"axis_{stream}", options[f"axis_{stream}"]),
+            axis=axis,
             group_size=options["group_size"] if group_size is None else group_size,
             transform=None if rotation is None else get_transform(rotation),
-            smooths=nbits < LOW_BITS if smooths is None else smooths,
+            smooths=smooths,
             scale_bits=options["scale_bits"] or (8 if nbits < LOW_BITS else 16),
             options=options["options"],
         )

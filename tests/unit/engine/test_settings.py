@@ -181,6 +181,14 @@ def test_few_bits_are_smoothed_and_their_scales_are_bytes(nbits, low):
     assert (settings.key.smooths, settings.key.scale_bits) == (False, 16)
 
 
+@pytest.mark.parametrize(("backend", "axis"), [("reference", "token"), ("quanto", 0), ("hqq", 1)])
+def test_keys_on_the_token_axis_are_smoothed_at_any_width(backend, axis):
+    """Outlier channels spoil a scale that channels share; values, which have none, are not."""
+    settings = settings_for(backend=backend, nbits=8, axis_key=axis, axis_value=axis)
+    assert (settings.key.smooths, settings.value.smooths) == (True, False)
+    assert settings.key.scale_bits == 16
+
+
 def test_what_is_said_of_smoothing_and_scales_holds_at_any_width():
     """None, where a layer takes back what is said of all, is as if nothing had been said."""
     plain = {"smoothing_key": False, "smoothing_value": False, "scale_bits": 16}

@@ -86,20 +86,22 @@ def test_the_shipped_model_through_a_full_precision_cache():
         assert torch.equal(logits, others)
 
 
-def test_outliers_ruin_a_scale_for_each_token_and_leave_a_scale_for_each_channel_alone():
+def test_outliers_ruin_a_scale_for_each_token_unless_smoothed_and_leave_a_scale_for_each_channel_alone():
     """What the twin is for. On the channel axis powers of two even commute with quantising."""
-    plain, twin = load_model(), load_model(outliers=64)
-    ids = torch.tensor([plain.encode("The database server keeps a copy of every page that was changed. " * 20)])
+    model, twin = load_model(), load_model(outliers=64)
+    ids = torch.tensor([model.encode("The database server keeps a copy of every page that was changed. " * 20)])
     errors = {}
-    for candidate in parse_candidates("reference:4:residual_length=16,reference:4:token:residual_length=16")[1:]:
-        for loaded in (plain, twin):
+    channel, token = "reference:4:residual_length=16", "reference:4:token:residual_length=16"
+    plain = f"{token}:smoothing_key=False"
+    for candidate in parse_candidates(f"{channel},{token},{plain}")[1:]:
+        for loaded in (model, twin):
             exact = torch.cat(list(forced_logits(loaded.model, DynamicCache(), ids, 128)))
             cache = candidate.make(loaded.model.config)
             found = torch.cat(list(forced_logits(loaded.model, cache, ids, 128)))
             errors[candidate.label, loaded.outliers] = (found - exact).norm().item()
-    channel, token = "reference:4:residual_length=16", "reference:4:token:residual_length=16"
     assert errors[channel, 64] == errors[channel, None]
-    assert errors[token, 64] > 10 * errors[token, None]
+    assert errors[plain, 64] > 10 * errors[plain, None]
+    assert errors[token, 64] < 1.5 * errors[token, None]
 
 
 def test_the_same_seed_gives_the_same_twin():

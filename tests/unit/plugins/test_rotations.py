@@ -82,7 +82,8 @@ def test_it_spreads_outlier_channels():
     states[..., 5] *= 30
     errors = []
     for rotation in (None, "hadamard"):
-        cache = QuantizedCache(nbits=4, axis_key="token", residual_length=0, rotation_key=rotation)
+        options = {"axis_key": "token", "smoothing_key": False, "rotation_key": rotation}
+        cache = QuantizedCache(nbits=4, residual_length=0, **options)
         cache.update(states, states, 0)
         errors.append(float((cache.layers[0].keys - states).square().mean()))
     assert errors[1] < errors[0] / 5
