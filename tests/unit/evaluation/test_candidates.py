@@ -159,7 +159,7 @@ def filled(candidate, tokens=96):
     ("text", "bits"),
     [
         ("reference:2:group_size=16:residual_length=0:smoothing_key=false:smoothing_value=false:scale_bits=16", 4),
-        ("reference:4:axis_key=token:group_size=16:residual_length=0", 4 + 32 / 16),
+        ("reference:4:axis_key=token:group_size=16:residual_length=0:smoothing_key=false", 4 + 32 / 16),
         ("reference:8:group_size=8:residual_length=40", 8 + 32 / 8),
         ("reference:2.5:group_size=8:residual_length=0:smoothing_key=false:smoothing_value=false:scale_bits=16", 6.5),
         ("transformers:quanto:4:group_size=64", 4 + 2 * 32 / 64),  # a scale and a shift, in the type of the states

@@ -138,7 +138,7 @@ def test_a_plan_is_what_a_model_fills_its_cache_with(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def backends(formats):
-    """The three formats, and a codebook whose table is one tensor for all, kept by the library."""
+    """The formats, and a codebook whose table is one tensor for all, kept by the library."""
     table = functools.cache(lambda levels: torch.linspace(-1, 1, levels + 1))
 
     class SharedTable(UniformCodebook):
@@ -172,7 +172,7 @@ def backends(formats):
     made = {"shared": (SharedTable, "codebook"), "biased": (Biased, "affine"), "roomy": (Roomy, "opaque")}
     for name, (factory, kind) in made.items():
         kvquant.register(BackendSpec(f"test-{name}", factory, Capabilities(nbits=(2, 4, 8), formats=(kind,))))
-    yield [*formats.values(), *(f"test-{name}" for name in made)]
+    yield [*(formats[kind] for kind in ("affine", "codebook", "opaque")), *(f"test-{name}" for name in made), "trellis"]
     for name in made:
         kvquant.unregister(f"test-{name}")
 
@@ -192,6 +192,7 @@ SETTINGS = [
     [
         *((number, SETTINGS[(number + shift) % len(SETTINGS)]) for number in range(6) for shift in (0, 2)),
         *((number, "nbits_key=3.5:nbits_value=2.5:group_size=16") for number in (0, 1)),
+        (6, "nbits_key=3:group_size=16:sink_length=5"),
     ],
 )
 def test_a_plan_is_what_random_states_fill_a_cache_with(tmp_path, backends, number, chosen):
