@@ -14,7 +14,7 @@ OLD_TESTS := tests/unit/cache tests/unit/attention/test_states.py tests/integrat
 OLD_LEFT := -k 'not inductor' $(patsubst %,--ignore tests/integration/test_%.py,lm_eval new_plugin_project plugins_page stranger)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format types arrows docs bench clean
+.PHONY: help demo test test-slow test-oldest lint format types arrows docs bench clean
 
 help:     ## Show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,8 +36,11 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run     ## Generate text with a quantised cache, beside the full-precision one
 	$(BIN)/kvquant demo $(ARGS)
 
-test: $(VENV)/.dev     ## Run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+test: $(VENV)/.dev     ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.dev ## Run the tests that compile many kernels, or install packages in environments of their own
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m slow $(ARGS)
 
 $(VENV_OLD)/.test: $(INPUTS)
 	@echo "Installing kvquant into $(VENV_OLD), with transformers $(OLDEST) ..."

@@ -12,6 +12,8 @@ from tests.conformance.broken import BUGS, Bug
 from tests.plugins.on_path import plugins_on_path
 from tests.support import FORMATS
 
+pytestmark = pytest.mark.slow
+
 #: Plugins whose bug is in what they import, or print: folder, check, part of the reason.
 IMPORT_BUGS = (
     ("heavy_listing", "listing", "imports numpy, torch; import inside functions instead"),

@@ -10,6 +10,8 @@ from kvquant.registry import get_backend
 from kvquant.testing import check_backend
 from kvquant.testing.checks import CHECKS
 
+pytestmark = pytest.mark.slow
+
 #: Backend, options and the widths that they go with; None for all.
 CONFIGURATIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...] | None], ...] = (
     ("reference", {}, None),

@@ -13,6 +13,8 @@ from kvquant.engine.typed import parse_options, parse_widths
 from kvquant.errors import OptionValueError
 from kvquant.testing.probe import own_path
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = Path(__file__).parents[1] / "plugins"
 
 

@@ -28,6 +28,8 @@ from kvquant.integrations.lm_eval import KVQuantLM, __main__
 from kvquant.integrations.lm_eval.arguments import split_arguments
 from tests.integration.environment import ROOT
 
+pytestmark = pytest.mark.slow
+
 TASKS = "tests/integration/lm_eval_tasks"
 NAMES = ["kvquant_passkey", "kvquant_passkey_choice", "kvquant_prose"]
 MODEL = {"pretrained": str(MODEL_DIR), "dtype": "float32"}

@@ -8,6 +8,8 @@ import pytest
 from kvquant.scaffold import FORMATS
 from tests.integration.environment import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_printed_steps_lead_to_a_backend_that_conforms(environment, format_, tmp_path):

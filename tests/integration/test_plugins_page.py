@@ -14,6 +14,8 @@ from kvquant.plugin.hookspecs import TRANSFORM_GROUP
 from kvquant.registry import IN_PROCESS
 from kvquant.scaffold import new_project
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 
 TRANSFORM_MODULE = "kvquant_plugin_cosines/__init__.py"

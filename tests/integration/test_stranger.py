@@ -13,6 +13,8 @@ import kvquant
 from kvquant.plugin import API_VERSION
 from tests.integration.environment import LIBRARIES, build_wheels
 
+pytestmark = pytest.mark.slow
+
 #: The shipped model, and prompts for it: 40 words, and a continuation.
 PRELUDE = """
 import json, torch, kvquant
