@@ -140,9 +140,10 @@ class _Guarded:
         mask: Tensor | None,
         last: Tensor | None,
         softcap: float | None = None,
+        shift: Tensor | None = None,
     ) -> Part:
         try:
-            part: Part = self._kernel(query, keys, values, mask, last, softcap)
+            part: Part = self._kernel(query, keys, values, mask, last, softcap, shift)
         except Exception as cause:
             raise KernelError(describe(cause)) from cause
         return part

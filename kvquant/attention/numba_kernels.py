@@ -20,10 +20,8 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from kvquant.attention import numba_blocks, numba_pages, numba_trellis, simd, simd_rows, threads
+from kvquant.attention import numba_blocks, numba_pages, numba_scores, numba_trellis, simd, simd_rows, threads
 from kvquant.attention.numba_blocks import (
-    LOWEST,
-    MASK,
     Work,
     mix_by_channel,
     mix_by_token,
@@ -32,6 +30,7 @@ from kvquant.attention.numba_blocks import (
     weigh,
 )
 from kvquant.attention.numba_pages import BYTES, FIRST, FLOATS, HALVES, PAGE, ROW, START, STOP, codes_of
+from kvquant.attention.numba_scores import LOWEST, MASK
 from kvquant.attention.numba_trellis import expand, index_bits
 from kvquant.attention.parts import Part, Segment, segments
 from kvquant.attention.simd import next_share, pointer_to
@@ -54,11 +53,12 @@ _SHARES_EACH = 4
 _FEWEST_ENTRIES = LANES
 
 #: What a kernel is told: how many shares have been taken, sizes, and addresses. `pages` are int64 ``[segments, 2 (keys,
-#: values), fields]``, see `numba_pages.PAGE`; queries ``[batches, heads, rows, width]``; what is written has slots
-#: before the rows, one for each stretch of tokens.
-JOB = ("taken batches heads slots rows tokens query segments pages masked cap highest total mixed").split()
+#: values), fields]``, see `numba_pages.PAGE`; queries ``[batches, heads, rows, width]``, and what is added to
+#: their scores before the cap ``[batches, heads, rows]``; what is written has slots before the rows, one for each
+#: stretch of tokens.
+JOB = ("taken batches heads slots rows tokens query segments pages masked cap shift highest total mixed").split()
 (
-    TAKEN, BATCHES, HEADS, SLOTS, ROWS, TOKENS, QUERY, SEGMENTS, PAGES, MASKED, CAP, HIGHEST, TOTAL, MIXED,
+    TAKEN, BATCHES, HEADS, SLOTS, ROWS, TOKENS, QUERY, SEGMENTS, PAGES, MASKED, CAP, SHIFT, HIGHEST, TOTAL, MIXED,
 ) = range(len(JOB))  # fmt: skip
 PAGE_FIELDS, MASK_FIELDS = len(PAGE), len(MASK)
 
@@ -121,7 +121,7 @@ class Stream:
 
 
 #: What numba compiles into a kernel and does not watch.
-_COMPILED = (simd_rows, simd, numba_pages, numba_blocks, numba_trellis)
+_COMPILED = (simd_rows, simd, numba_pages, numba_scores, numba_blocks, numba_trellis)
 
 
 @cache
@@ -160,6 +160,7 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
         pages = carray(pointer_to(job[PAGES], 3), (job[SEGMENTS], 2, PAGE_FIELDS))
         mask = carray(pointer_to(job[MASKED], 3), (MASK_FIELDS,))
         cap = carray(pointer_to(job[CAP], 1), (1,))[0]
+        shift = carray(pointer_to(job[SHIFT], 1), (batches, heads, all_rows))
         highest = carray(pointer_to(job[HIGHEST], 1), (batches, heads, slots, all_rows))
         total = carray(pointer_to(job[TOTAL], 1), (batches, heads, slots, all_rows))
         mixed = carray(pointer_to(job[MIXED], 1), (batches, heads, slots, all_rows, v_width))
@@ -220,8 +221,8 @@ def _kernel(key: Stream, value: Stream, rows: int) -> threads.Task:  # noqa: C90
                                 k_table, k_shifted, room,
                             )  # fmt: skip
                         weigh(
-                            work, mask, cap, batch, head, first_row, start, count, v_width, v_groups, rows,
-                            keys, k_at, values, v_at,
+                            work, mask, cap, shift[batch, head, first_row : first_row + rows], batch, head, first_row,
+                            start, count, v_width, v_groups, rows, keys, k_at, values, v_at,
                         )  # fmt: skip
                         codes, apart = codes_of(values, batch, head, v_at), values[ROW]
                         if v_high:
@@ -265,7 +266,13 @@ def why_not(keys: Body, values: Body) -> str:
 
 
 def attend_body(
-    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None = None
+    query: Tensor,
+    keys: Body,
+    values: Body,
+    mask: Tensor | None,
+    last: Tensor | None,
+    softcap: float | None = None,
+    shift: Tensor | None = None,
 ) -> Part:
     """Attend over bodies for which `why_not` has no reason; see `parts.Kernel`."""
     batch, heads, queries, _ = query.shape
@@ -273,7 +280,8 @@ def attend_body(
     key, value = Stream.of(found[0].keys), Stream.of(found[0].values)
     tiles = -(-queries // _MOST_ROWS)
     rows = -(-queries // tiles)
-    asked = torch.nn.functional.pad(query, (0, 0, 0, rows * tiles - queries)).contiguous()
+    spare = rows * tiles - queries
+    asked = torch.nn.functional.pad(query, (0, 0, 0, spare)).contiguous()
 
     team = torch.get_num_threads() if len(keys) * batch * heads * key.width >= _WORTH_THREADS else 1
     slots = -(-team * _SHARES_EACH // (batch * heads)) if team > 1 else 1
@@ -283,10 +291,12 @@ def attend_body(
     pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
     described, masks = _described_mask(mask, last, len(keys))
     cap = np.array([softcap or 0], dtype=np.float32)
+    shifts = torch.zeros(asked.shape[:3]) if shift is None else torch.nn.functional.pad(shift, (0, spare)).contiguous()
     job = np.array(
         [
             0, batch, heads, slots, rows * tiles, len(keys), asked.data_ptr(), len(found), pages.ctypes.data,
-            described.ctypes.data, cap.ctypes.data, highest.data_ptr(), total.data_ptr(), mixed.data_ptr(),
+            described.ctypes.data, cap.ctypes.data, shifts.data_ptr(), highest.data_ptr(), total.data_ptr(),
+            mixed.data_ptr(),
         ],
         dtype=np.int64,
     )  # fmt: skip

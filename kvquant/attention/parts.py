@@ -44,6 +44,7 @@ class Kernel(Protocol):
         mask: Tensor | None,
         last: Tensor | None,
         softcap: float | None = None,
+        shift: Tensor | None = None,
     ) -> Part:
         """Attend over `keys` and `values`, without the tokens that either has among its outliers.
 
@@ -54,6 +55,8 @@ class Kernel(Protocol):
             last: int64 ``[query_tokens, 1]``, the last token of the body that each query token may see, below zero
                 for none; None if all may be seen.
             softcap: what scores are soft-capped at, before the mask, None for no cap; see `soft_capped`.
+            shift: float32 ``[batch, kv_heads, groups * query_tokens]``, what is added to each query's scores before
+                the cap, only where there is one; None for nothing.
         """
         ...  # an interface
 

@@ -168,12 +168,12 @@ def _attend_body(
 ) -> Part:
     """Have a kernel, or tiles, attend in the frames of keys and values: the query goes there, the result comes back."""
     asked, shift = keys.frame.query(query)
-    if kernel is None or (shift is not None and softcap is not None):
-        # A cap takes whole scores, and kernels know nothing of what is added to theirs.
+    if kernel is None:
         part = attend_tiles(asked, keys, values, mask, last, softcap, shift)
     else:
-        part = kernel(asked, keys, values, mask, last, softcap)
-        if shift is not None:
+        # A cap takes whole scores. Without one, what is added to all of a query's scores is added to the largest.
+        part = kernel(asked, keys, values, mask, last, softcap, None if softcap is None else shift)
+        if shift is not None and softcap is None:
             part = replace(part, highest=part.highest + shift)
         if keys.encoder.kept:
             return with_outliers(part, Asked(query, asked, shift, mask, last, softcap), keys, values)
@@ -191,11 +191,8 @@ def attend_tiles(
 ) -> Part:
     """Attend over bodies tile by tile, dequantised in their frames; for every format.
 
-    Arguments and result are those of a `parts.Kernel`, but that no token is left out, and one argument more:
-
-    Args:
-        query, keys, values, mask, last, softcap: as for a kernel.
-        shift: what is added to each query's scores before the cap, ``[batch, kv_heads, rows]``; None for nothing.
+    Arguments and result are those of a `parts.Kernel`, but that no token is left out, and that `shift` is added without
+    a cap too.
     """
     batch, kv_heads, rows, _ = query.shape
     queries = query_tokens(rows, mask, last)

@@ -17,7 +17,7 @@ one term, *(group, term)* in this order, and zero outside of its group of channe
 groups apart. On the side of the values they are picked at the very end. With 4 query rows and 2 groups, 32 rows take
 one pass over the codes where three terms would take three.
 
-What is read of a page is in `triton_rows`.
+What is read of a page is in `triton_rows`, and what the codes of a trellis need besides in `triton_trellis`.
 """
 # Annotations of `tl.constexpr` are read by triton, which wants them evaluated: no `from __future__` here.
 
@@ -37,6 +37,7 @@ from kvquant.attention.triton_rows import (
     plane_scales,
     token_scales,
 )
+from kvquant.attention.triton_trellis import load_sums
 
 #: The interpreter multiplies the bits of bfloat16 as if they were integers: there its numbers go through as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -98,7 +99,7 @@ def _repeated(rows, times: tl.constexpr):
     "blocks slot slots".split()
 )
 def attend_split(
-    query, mask, last, softcap, highest, total, mixed,
+    query, mask, last, softcap, shift, highest, total, mixed,
     k_codes, k_scales, k_offsets, k_table, k_outliers,
     k_code_batch, k_code_head, k_scale_batch, k_scale_head, k_outlier_batch, k_outlier_head, k_start,
     v_codes, v_scales, v_offsets, v_table, v_outliers,
@@ -111,10 +112,12 @@ def attend_split(
     K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_STRIDE: tl.constexpr, K_ROW: tl.constexpr, K_PAD: tl.constexpr,
     K_PLANES: tl.constexpr, K_TERMS: tl.constexpr, K_GROUPS: tl.constexpr, K_EXPAND: tl.constexpr,
     K_EXACT: tl.constexpr, K_KEPT: tl.constexpr, K_BLOCK: tl.constexpr,
+    K_SHIFTED: tl.constexpr, K_HIGH: tl.constexpr, K_LOW: tl.constexpr,
     V_BITS: tl.constexpr, V_LOWER: tl.constexpr, V_BOOK: tl.constexpr, V_MODE: tl.constexpr, V_BY_CHANNEL: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, V_STRIDE: tl.constexpr, V_ROW: tl.constexpr, V_PAD: tl.constexpr,
     V_PLANES: tl.constexpr, V_TERMS: tl.constexpr, V_GROUPS: tl.constexpr, V_EXPAND: tl.constexpr,
     V_EXACT: tl.constexpr, V_KEPT: tl.constexpr, V_BLOCK: tl.constexpr,
+    V_SHIFTED: tl.constexpr, V_HIGH: tl.constexpr, V_LOW: tl.constexpr,
 ):  # fmt: skip
     """Attend over tiles ``blocks * split`` on of one segment, for one key/value head and `RB` of its query rows.
 
@@ -126,9 +129,9 @@ def attend_split(
     k_scales += batch * k_scale_batch + kv_head * k_scale_head
     v_codes += batch * v_code_batch + kv_head * v_code_head
     v_scales += batch * v_scale_batch + kv_head * v_scale_head
-    if not K_BOOK:
+    if K_SHIFTED:
         k_offsets += batch * k_scale_batch + kv_head * k_scale_head
-    if not V_BOOK:
+    if V_SHIFTED:
         v_offsets += batch * v_scale_batch + kv_head * v_scale_head
     if K_KEPT > 0:
         k_outliers += batch * k_outlier_batch + kv_head * k_outlier_head
@@ -164,6 +167,8 @@ def attend_split(
     if MASKED:
         mask += batch * mask_batch + kv_head * mask_head
         mask_row = (row // query_tokens) * mask_group + (row % query_tokens) * mask_query
+    if shift is not None:
+        lift = tl.load(shift + head * rows + row, mask=row_ok, other=0.0)
     if LIMITED:
         seen = tl.load(last + row % query_tokens)
 
@@ -181,6 +186,12 @@ def attend_split(
         # ------------------------------------------------------------------------------------ scores [RB, TILE]
         token = tl.where(valid, index + k_start, 0)
         low, high = load_codes(k_codes, token, valid, K_LOWER, K_STRIDE, K_ROW, K_PAD)
+        high_sums, low_sums = low, low
+        if K_HIGH > 0:
+            high_sums, low_sums = load_sums(
+                k_codes, low, token, valid,
+                K_HIGH, K_LOW, K_BY_CHANNEL, K_GROUP, K_LOWER, K_STRIDE, K_ROW, K_PAD,
+            )  # fmt: skip
         expanded = tl.zeros([K_EXPAND * RB, TILE], tl.float32)
         bias = tl.zeros([RB], tl.float32)
         for plane in tl.static_range(K_PLANES):
@@ -189,34 +200,38 @@ def attend_split(
                 channel, inside = plane_channels(plane, K_DIM, K_ROW, K_PAD)
                 s, o = plane_scales(
                     k_scales, k_offsets, token, valid, channel, inside,
-                    K_BITS, K_BOOK, K_MODE, K_BY_CHANNEL, K_DIM, K_GROUP,
+                    K_BITS, K_BOOK, K_SHIFTED, K_MODE, K_BY_CHANNEL, K_DIM, K_GROUP,
                 )  # fmt: skip
             highest_bits = low
             if K_BITS != K_LOWER:
                 highest_bits = load_highest(k_codes, token, valid, plane, K_LOWER, K_STRIDE, K_DIM, K_ROW, K_PAD)
             numbers = plane_numbers(
-                low, high, highest_bits, plane, k_table, s, o,
-                K_BITS, K_LOWER, K_BOOK, K_MODE, K_DIM, K_ROW, K_PAD,
+                low, high, highest_bits, high_sums, low_sums, plane, k_table, s, o,
+                K_BITS, K_LOWER, K_BOOK, K_HIGH > 0, K_MODE, K_DIM, K_ROW, K_PAD,
             )  # fmt: skip
             if K_MODE == CHANNEL:
                 q = q * s
-                if not K_BOOK:
+                if K_SHIFTED:
                     bias += tl.sum(plain_planes[plane] * o, 1)
             expanded = _dot(q, tl.trans(numbers), expanded, k_term, K_TERMS > 1, K_EXACT)
         scores = tl.reshape(expanded, [K_EXPAND, RB, TILE])
         if K_MODE == TOKEN:
             s, _unused = token_scales(
-                k_scales, k_offsets, token, valid, k_repetition // K_TERMS, K_BITS, K_BOOK, K_DIM // K_GROUP
+                k_scales, k_offsets, token, valid, k_repetition // K_TERMS, K_BITS, K_BOOK, K_SHIFTED, K_DIM // K_GROUP
             )
             scores = scores * s
         scores = tl.sum(scores, 0)
-        if not K_BOOK and K_MODE == TOKEN:
-            _unused, o = token_scales(k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_DIM // K_GROUP)
+        if K_SHIFTED and K_MODE == TOKEN:
+            _unused, o = token_scales(
+                k_scales, k_offsets, token, valid, k_groups, K_BITS, K_BOOK, K_SHIFTED, K_DIM // K_GROUP
+            )
             scores += tl.sum(q_sum[:, :, None] * o, 0)
         if K_MODE == CHANNEL:
             scores += bias[:, None]
 
         if CAPPED:
+            if shift is not None:
+                scores += lift[:, None]
             scores = _soft_capped(scores, softcap)
 
         shown = row_ok[:, None] & valid[None, :]
@@ -246,13 +261,21 @@ def attend_split(
         # ------------------------------------------------------------------------------------ values
         token = tl.where(valid, index + v_start, 0)
         low, high = load_codes(v_codes, token, valid, V_LOWER, V_STRIDE, V_ROW, V_PAD)
+        high_sums, low_sums = low, low
+        if V_HIGH > 0:
+            high_sums, low_sums = load_sums(
+                v_codes, low, token, valid,
+                V_HIGH, V_LOW, V_BY_CHANNEL, V_GROUP, V_LOWER, V_STRIDE, V_ROW, V_PAD,
+            )  # fmt: skip
         if V_MODE == TOKEN:
             s, _unused = token_scales(
-                v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_DIM // V_GROUP
+                v_scales, v_offsets, token, valid, v_repetition // V_TERMS, V_BITS, V_BOOK, V_SHIFTED, V_DIM // V_GROUP
             )
             weights = p[None, :, :] * s
-            if not V_BOOK:
-                _unused, o = token_scales(v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_DIM // V_GROUP)
+            if V_SHIFTED:
+                _unused, o = token_scales(
+                    v_scales, v_offsets, token, valid, v_groups, V_BITS, V_BOOK, V_SHIFTED, V_DIM // V_GROUP
+                )
                 from_offsets = from_offsets * kept[None, :] + tl.sum(p[None, :, :] * o, 2)
         else:
             weights = tl.where((v_repetition < V_TERMS)[:, None, None], p[None, :, :], 0.0)
@@ -265,14 +288,14 @@ def attend_split(
                 channel, inside = plane_channels(plane, V_DIM, V_ROW, V_PAD)
                 s, o = plane_scales(
                     v_scales, v_offsets, token, valid, channel, inside,
-                    V_BITS, V_BOOK, V_MODE, V_BY_CHANNEL, V_DIM, V_GROUP,
+                    V_BITS, V_BOOK, V_SHIFTED, V_MODE, V_BY_CHANNEL, V_DIM, V_GROUP,
                 )  # fmt: skip
             highest_bits = low
             if V_BITS != V_LOWER:
                 highest_bits = load_highest(v_codes, token, valid, plane, V_LOWER, V_STRIDE, V_DIM, V_ROW, V_PAD)
             numbers = plane_numbers(
-                low, high, highest_bits, plane, v_table, s, o,
-                V_BITS, V_LOWER, V_BOOK, V_MODE, V_DIM, V_ROW, V_PAD,
+                low, high, highest_bits, high_sums, low_sums, plane, v_table, s, o,
+                V_BITS, V_LOWER, V_BOOK, V_HIGH > 0, V_MODE, V_DIM, V_ROW, V_PAD,
             )  # fmt: skip
             if V_MODE == CHANNEL:
                 tile = _dot(

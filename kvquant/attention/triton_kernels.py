@@ -29,6 +29,7 @@ from kvquant.attention.parts import Part, Segment, query_tokens, segments
 from kvquant.engine.body import Body
 from kvquant.engine.packing import packed_bytes, widths_of
 from kvquant.engine.pages import CanonicalPage
+from kvquant.engine.trellis import Taps
 
 LARGEST_HEAD_DIM = 256
 
@@ -65,8 +66,6 @@ def why_not(keys: Body, values: Body) -> str:
     pages = [page for body in (keys, values) for page in body.pages]
     if not all(isinstance(page, CanonicalPage) for page in pages):
         return "only the backend can read pages of an opaque format"
-    if any(page.taps for page in pages if isinstance(page, CanonicalPage)):
-        return "it does not read codes of a trellis"
     widest = max((page.head_dim for page in pages if isinstance(page, CanonicalPage)), default=0)
     if widest > LARGEST_HEAD_DIM:
         return f"heads have {widest} channels, and it reads {LARGEST_HEAD_DIM} at most"
@@ -74,15 +73,27 @@ def why_not(keys: Body, values: Body) -> str:
 
 
 def attend_body(
-    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None = None
+    query: Tensor,
+    keys: Body,
+    values: Body,
+    mask: Tensor | None,
+    last: Tensor | None,
+    softcap: float | None = None,
+    shift: Tensor | None = None,
 ) -> Part:
     """Attend over the quantised tokens of a layer; arguments and result are those of `parts.Kernel`."""
     with torch.cuda.device_of(query):  # triton launches on the current device, whichever the tensors are on
-        return _attend(query, keys, values, mask, last, softcap)
+        return _attend(query, keys, values, mask, last, softcap, shift)
 
 
 def _attend(
-    query: Tensor, keys: Body, values: Body, mask: Tensor | None, last: Tensor | None, softcap: float | None
+    query: Tensor,
+    keys: Body,
+    values: Body,
+    mask: Tensor | None,
+    last: Tensor | None,
+    softcap: float | None,
+    shift: Tensor | None,
 ) -> Part:
     from kvquant.attention import triton_device
 
@@ -102,12 +113,13 @@ def _attend(
         "BOOLEAN": mask is not None and mask.dtype == torch.bool,
     }
     shown, strides = _mask_arguments(mask)
+    shift = None if shift is None else shift.contiguous()
     queries = query_tokens(rows, mask, last)
     slot = 0
     for launch in launches:
         segment = launch.segment
         triton_device.attend_split[(launch.splits, batch * kv_heads, row_blocks)](
-            query, shown, last, softcap or 0.0, *parts,
+            query, shown, last, softcap or 0.0, shift, *parts,
             *launch.keys.arguments, segment.key_start, *launch.values.arguments, segment.value_start, *strides,
             segment.start, segment.stop - segment.start, launch.front, launch.tiles, slot, slots,
             rows, queries, kv_heads,
@@ -169,6 +181,7 @@ class _Side:
     def constants(self, prefix: str, row_block: int) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
         scheme, stride, outliers = self.page.scheme, self.page.codes.shape[3], self.page.outliers
+        taps = self.page.taps or Taps(0, 0)
         upper, lower = widths_of(self.page.nbits)[0], widths_of(self.page.nbits)[-1]
         planes = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}[lower]
         row = packed_bytes(self.head_dim, 2 if lower == 3 else lower)
@@ -182,6 +195,7 @@ class _Side:
             "TERMS": terms, "GROUPS": groups, "EXPAND": max(groups * terms, _FEWEST_ROWS // row_block),
             "EXACT": self.exact, "KEPT": 0 if outliers is None else outliers.kept,
             "BLOCK": 1 if outliers is None else outliers.block,
+            "SHIFTED": self.page.offset is not None, "HIGH": taps.high, "LOW": taps.low,
         }  # fmt: skip
         return {f"{prefix}_{name}": value for name, value in constants.items()}
 
@@ -200,8 +214,14 @@ class _Launch:
 
     @property
     def stages(self) -> int:
-        """Tiles loaded at once. Where scales are loaded for each number, more than one fills the shared memory."""
-        return 1 if _GENERAL in (self.keys.mode, self.values.mode) else 3
+        """Tiles loaded at once, as far as the shared memory goes.
+
+        Where scales are loaded for each number that is one. Of a trellis the bytes of the numbers before take as much
+        again for each tap.
+        """
+        if _GENERAL in (self.keys.mode, self.values.mode):
+            return 1
+        return 2 if self.segment.keys.taps or self.segment.values.taps else 3
 
 
 def _launch(segment: Segment, row_block: int, programs: int, tokens: int) -> _Launch:

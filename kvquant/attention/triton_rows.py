@@ -1,6 +1,6 @@
 """What runs on the device: packed rows of a page become the numbers of a product, with their scales and offsets.
 
-Imports triton, so it is imported by `triton_device` alone.
+Imports triton, so it is imported by `triton_device` alone. What is a trellis's own is in `triton_trellis`.
 
 A plane of a byte (see `kvquant.engine.packing`) is a run of channels and has a product of its
 own: its operand is a shift and a mask of the bytes as they were loaded, nothing is interleaved or laid out anew.
@@ -12,11 +12,13 @@ highest bits of the first half are loaded beside each plane, eight lanes from on
 import triton
 import triton.language as tl
 
+from kvquant.attention.triton_trellis import level_indices
 from kvquant.engine import scales
 
 #: How scales and offsets are written in bytes, see `kvquant.engine.scales`.
 LOWEST_EXPONENT = tl.constexpr(scales.LOWEST_EXPONENT)
 PARTS, CENTER = tl.constexpr(scales.PARTS), tl.constexpr(scales.CENTER)
+TABLE_SPAN = tl.constexpr(scales.TABLE_SPAN)
 
 #: Where the scales of a side go: to all tokens of a tile, to each token, to each number; see `triton_kernels`.
 CHANNEL, TOKEN, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -70,8 +72,8 @@ def load_highest(
 
 @triton.jit
 def plane_numbers(
-    low, high, highest, plane: tl.constexpr, table, scale, offset,
-    nbits: tl.constexpr, lower: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr,
+    low, high, highest, high_sums, low_sums, plane: tl.constexpr, table, scale, offset,
+    nbits: tl.constexpr, lower: tl.constexpr, codebook: tl.constexpr, trellis: tl.constexpr, mode: tl.constexpr,
     head_dim: tl.constexpr, row: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """Return what stands for the codes of a plane in a product: bfloat16 where that is exact, else float32.
@@ -86,6 +88,8 @@ def plane_numbers(
         codes = codes | (((high >> (plane * 2 + second)[None, :].to(tl.uint8)) & 1) << 2)
     if nbits != lower:
         codes = codes | (highest << lower)
+    if trellis:
+        codes = level_indices(codes, high_sums, low_sums, plane * width)
     if codebook:
         entries = codes.to(tl.int32)
         if nbits != lower:  # the second half of the channels has its own table, behind that of the first
@@ -93,7 +97,7 @@ def plane_numbers(
             entries += tl.where(channel >= head_dim // 2, 1 << nbits, 0)[None, :]
         numbers = tl.load(table + entries)
         if mode == GENERAL:
-            numbers = numbers * scale
+            numbers = numbers * scale + offset
     elif mode == GENERAL:
         numbers = codes.to(tl.float32) * scale + offset
     elif nbits == 8:
@@ -104,9 +108,13 @@ def plane_numbers(
 
 
 @triton.jit
-def load_folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr):
+def load_folded(
+    scales, offsets, at, read,
+    nbits: tl.constexpr, codebook: tl.constexpr, shifted: tl.constexpr, mode: tl.constexpr,
+):  # fmt: skip
     """Load scales and offsets at `at` where `read`, zeros elsewhere, for what `plane_numbers` returns.
 
+    There are offsets where groups are `shifted`: in the affine format, and in that of a trellis if it has them.
     Spare capacity holds anything, NaN too, so nothing may be read behind the valid tokens.
     """
     stored = tl.load(scales + at, mask=read, other=0)
@@ -117,14 +125,15 @@ def load_folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.con
     else:
         scale = stored.to(tl.float32)
     offset = tl.zeros_like(scale)
-    if not codebook:
+    if shifted:
         place = tl.load(offsets + at, mask=read, other=0).to(tl.float32)
         if in_bytes:
-            levels: tl.constexpr = 1 << nbits
-            offset = ((place - CENTER) * (levels / PARTS) - (levels - 1) / 2) * scale
+            span: tl.constexpr = TABLE_SPAN if codebook else 1 << nbits
+            middle: tl.constexpr = 0 if codebook else ((1 << nbits) - 1) / 2
+            offset = ((place - CENTER) * (span / PARTS) - middle) * scale
         else:
             offset = place
-        if mode != GENERAL and nbits < 8:
+        if not codebook and mode != GENERAL and nbits < 8:
             # code * s + o = (1 + code / 2^nbits) * (s * 2^nbits) + (o - s * 2^nbits)
             scale = scale * (1 << nbits)
             offset = offset - scale
@@ -134,7 +143,7 @@ def load_folded(scales, offsets, at, read, nbits: tl.constexpr, codebook: tl.con
 @triton.jit
 def plane_scales(
     scales, offsets, token, valid, channel, inside,
-    nbits: tl.constexpr, codebook: tl.constexpr, mode: tl.constexpr, by_channel: tl.constexpr,
+    nbits: tl.constexpr, codebook: tl.constexpr, shifted: tl.constexpr, mode: tl.constexpr, by_channel: tl.constexpr,
     head_dim: tl.constexpr, group_size: tl.constexpr,
 ):  # fmt: skip
     """Return scales and offsets of a plane: ``[1, padded]`` (`CHANNEL`) or ``[tokens, padded]`` (`GENERAL`)."""
@@ -145,17 +154,18 @@ def plane_scales(
     else:
         at = token[:, None] * (head_dim // group_size) + (channel // group_size)[None, :]
         read = valid[:, None] & inside[None, :]
-    return load_folded(scales, offsets, at, read, nbits, codebook, mode)
+    return load_folded(scales, offsets, at, read, nbits, codebook, shifted, mode)
 
 
 @triton.jit
 def token_scales(
-    scales, offsets, token, valid, group, nbits: tl.constexpr, codebook: tl.constexpr, groups: tl.constexpr
+    scales, offsets, token, valid, group,
+    nbits: tl.constexpr, codebook: tl.constexpr, shifted: tl.constexpr, groups: tl.constexpr,
 ):  # fmt: skip
     """Return scales and offsets ``[len(group), 1, tokens]`` of `groups` groups of channels (`TOKEN`)."""
     at = token[None, None, :] * groups + group[:, None, None]
     read = valid[None, None, :] & (group < groups)[:, None, None]
-    return load_folded(scales, offsets, at, read, nbits, codebook, TOKEN)
+    return load_folded(scales, offsets, at, read, nbits, codebook, shifted, TOKEN)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ KINDS = (
 )
 
 
-def filled(kind, tokens, *, batch=1, heads=2, dtype=torch.float32, scale=1.0, **options):
+def filled(kind, tokens, *, batch=1, heads=2, dtype=torch.float32, scale=1.0, shift=0.0, **options):
     """A layer that holds `tokens` random tokens in body and window, and what its last update returned."""
     layer = QuantizedLayer(
         CacheConfig(
@@ -95,7 +95,7 @@ def filled(kind, tokens, *, batch=1, heads=2, dtype=torch.float32, scale=1.0, **
         0,
     )
     shapes = [(batch, heads, tokens, width) for width in kind.widths]
-    states = [(torch.randn(shape) * scale).to(dtype) for shape in shapes]
+    states = [(torch.randn(shape) * scale + shift).to(dtype) for shape in shapes]
     layer.update(*(part[:, :, :-1] for part in states))
     return layer, layer.update(*(part[:, :, -1:] for part in states))
 
@@ -207,6 +207,16 @@ def test_the_query_is_rotated_in_place_of_the_keys(rotations):
     """And the output back, in place of the values."""
     layer, _ = filled(KINDS[0], 300, rotation_key=rotations[0], rotation_value=rotations[1])
     check(layer, torch.randn(1, 8, 2, 64), is_causal=True)
+
+
+@pytest.mark.parametrize(("kind", "queries"), [(KINDS[0], 1), (KINDS[12], 7)], ids=str)
+def test_scores_are_soft_capped_with_what_smoothing_took_off_the_keys(kind, queries, monkeypatch):
+    """By the kernel, whose rows may be more than the queries: a cap is for whole scores."""
+    monkeypatch.setattr(tiles, "attend_tiles", None)
+    layer, _ = filled(kind, 300, batch=2, shift=2.0, smoothing_key=True, outlier_share=0.1)
+    query = torch.randn(2, 2 * kind.groups, queries, kind.widths[0])
+    check(layer, query, softcap=3.0)
+    check(layer, query)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
