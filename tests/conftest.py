@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 import kvquant
 from kvquant.plugin import BackendSpec, Capabilities, Scheme
+from kvquant.plugin.capabilities import TRELLIS_WIDTHS
 from tests.support import FORMATS
 
 # Examples take what they take on a busy machine; a failing one is printed with the call that repeats it.
@@ -57,9 +58,10 @@ def backend() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="module")
 def formats() -> Iterator[dict[str, str]]:
-    """Names of three backends, one for each format: ``{"affine": ..., "codebook": ..., "opaque": ...}``."""
+    """Names of backends, one for each format: ``{"affine": "test-affine", ...}``."""
     for kind, factory in FORMATS.items():
-        kvquant.register(BackendSpec(f"test-{kind}", factory, Capabilities(nbits=ALL_WIDTHS, formats=(kind,))))
+        widths = TRELLIS_WIDTHS if kind == "trellis" else ALL_WIDTHS
+        kvquant.register(BackendSpec(f"test-{kind}", factory, Capabilities(nbits=widths, formats=(kind,))))
     yield {kind: f"test-{kind}" for kind in FORMATS}
     for kind in FORMATS:
         kvquant.unregister(f"test-{kind}")

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvquant.engine.packing import widths_of
 from kvquant.plugin import Opaque, QuantizedRows, Scheme
+from kvquant.plugin.capabilities import TRELLIS_WIDTHS
 
 #: Options of a config whose model is made in no time, without an end of text, so that it generates as long as asked.
 SMALL_MODEL = {
@@ -56,11 +57,42 @@ class UniformCodebook(MinMax):
 
     def quantize(self, rows: torch.Tensor) -> QuantizedRows:
         numbers = rows if rows.dtype == torch.float64 else rows.float()
-        table = torch.linspace(-1, 1, self.levels + 1, dtype=numbers.dtype)
+        table = torch.linspace(-1, 1, self.levels + 1, dtype=numbers.dtype, device=rows.device)
         scale = numbers.abs().amax(1)
         unit = numbers / torch.where(scale > 0, scale, 1)[:, None]
         codes = ((unit + 1) / 2 * self.levels).round().clamp(0, self.levels)
         return QuantizedRows(codes.to(torch.uint8), scale, table=table)
+
+
+class GreedyTrellis(MinMax):
+    """A trellis quantiser that takes each number's nearest level of those that the numbers before it leave.
+
+    Its register is as long as one may be. Rows along the tokens have an offset, and those along the channels none.
+    """
+
+    taps = (0o503, 0o254)
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        self.shifted = scheme.axis == "channel"
+
+    def quantize(self, rows: torch.Tensor) -> QuantizedRows:
+        numbers = rows if rows.dtype == torch.float64 else rows.float()
+        offset = numbers.mean(1) if self.shifted else torch.zeros_like(numbers[:, 0])
+        scale = (numbers - offset[:, None]).abs().amax(1)
+        unit = (numbers - offset[:, None]) / torch.where(scale > 0, scale, 1)[:, None]
+        table = torch.linspace(-1, 1, 2 * (self.levels + 1), dtype=numbers.dtype, device=rows.device)
+        odd = torch.tensor([number.bit_count() % 2 for number in range(512)], device=rows.device)
+        every = torch.arange(self.levels + 1, device=rows.device)
+        codes = torch.zeros(rows.shape, dtype=torch.uint8, device=rows.device)
+        register = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        for at in range(rows.shape[1]):
+            after = (register[:, None] << 1 | every & 1) & 511
+            high, low = (odd[after & tap] for tap in self.taps)
+            best = (table[4 * (every >> 1) + 2 * high + low] - unit[:, at, None]).abs().argmin(1)
+            codes[:, at] = best.to(torch.uint8)
+            register = after.gather(1, best[:, None])[:, 0]
+        return QuantizedRows(codes, scale, offset if self.shifted else None, table, self.taps)
 
 
 class OpaqueMinMax(MinMax):
@@ -102,14 +134,21 @@ def random_codes(shape: tuple[int, ...], nbits: float, seed: int) -> Tensor:
     return codes
 
 
+def whole_width(nbits: int, kind: str) -> int:
+    """Return `nbits`, or the most that a format has."""
+    return min(nbits, max(TRELLIS_WIDTHS)) if kind == "trellis" else nbits
+
+
 def possible_width(nbits: float, kind: str, axis: str, group_size: int, head_dim: int) -> float:
-    """Return `nbits`, or the width below where a mixed one cannot be."""
+    """Return `nbits`, or the nearest width that can be."""
+    if kind == "trellis":
+        return whole_width(int(nbits), kind)
     halves_fit = axis == "channel" or head_dim // 2 % group_size == 0
     return nbits if kind != "opaque" and halves_fit and head_dim % 2 == 0 else int(nbits)
 
 
 def possible_options(options: dict[str, Any], key_dim: int, value_dim: int) -> dict[str, Any]:
-    """Return options of a cache, with whole widths where mixed ones cannot be."""
+    """Return options of a cache, with widths that can be."""
     kind, group_size = options["backend"].removeprefix("test-"), options["group_size"]
     widths = {
         f"nbits_{stream}": possible_width(
@@ -120,7 +159,7 @@ def possible_options(options: dict[str, Any], key_dim: int, value_dim: int) -> d
     return options | widths
 
 
-FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "opaque": OpaqueMinMax}
+FORMATS = {"affine": MinMax, "codebook": UniformCodebook, "trellis": GreedyTrellis, "opaque": OpaqueMinMax}
 
 
 def exact_attention(

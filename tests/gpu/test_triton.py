@@ -5,13 +5,14 @@ import os
 import pytest
 import torch
 
-from kvquant.attention import tiles, triton_kernels
-from tests.support import exact_attention
-from tests.unit.attention.test_triton import exact, filled, made_mask
+from tests.unit.attention.test_triton import check, filled, made_mask
 
 pytestmark = [
     pytest.mark.usefixtures("formats"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not run"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1",
+        reason="needs TRITON_INTERPRET unset, or kernels do not run on the GPU",
+    ),
 ]
 
 #: ``(format, axes, bits, group sizes, head dims, query heads, query tokens, mask)``
@@ -24,6 +25,9 @@ CASES = [
     ("codebook", ("token", "token"), (2, 8), (32, 4), (96, 32), 4, 16, "causal"),
     ("affine", ("channel", "token"), (2.5, 3.5), (64, 32), (128, 64), 8, 1, "none"),
     ("codebook", ("token", "channel"), (1.5, 2.5), (16, 32), (96, 128), 4, 1, "none"),
+    ("trellis", ("channel", "token"), (2, 3), (64, 32), (128, 128), 8, 1, "none"),
+    ("trellis", ("token", "channel"), (3, 1), (16, 24), (80, 112), 4, 3, "padding"),
+    ("trellis", ("token", "channel"), (1, 2), (5, 32), (20, 256), 16, 1, "per head"),
 ]
 
 
@@ -43,10 +47,12 @@ def test_fused_equals_dequantised(kind, axes, bits, sizes, widths, heads, querie
     keys, values = filled(8192, batch=2, heads=2, widths=widths, dtype=dtype, again=333, on="cuda", **options)
     query = torch.randn(2, heads, queries, widths[0], device="cuda").to(dtype)
     mask = made_mask(masking, 2, heads, queries, len(keys), dtype)
-    mask = None if mask is None else mask.cuda()
-    assert triton_kernels.why_not(keys.body, values.body) == ""
-    causal = masking == "causal"
-    out = tiles.attend(query, keys, values, mask, is_causal=causal, scale=None, kernel=triton_kernels.attend_body)
-    expected = exact_attention(query, exact(keys), exact(values), mask, is_causal=causal)
-    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    torch.testing.assert_close(out.double(), expected, rtol=rounding + 2e-5, atol=2e-5)
+    check(query, keys, values, None if mask is None else mask.cuda(), is_causal=masking == "causal")
+
+
+@pytest.mark.parametrize("kind", ["affine", "trellis"])
+def test_scores_are_soft_capped_with_what_smoothing_took_off_the_keys(kind):
+    """By the kernel: a cap is for whole scores."""
+    options = {"smoothing_key": True, "mean": 2.0, "outlier_share": 0.1, "nbits": 3, "scale_bits": 8}
+    keys, values = filled(4096, batch=2, heads=2, widths=(64, 64), on="cuda", backend=f"test-{kind}", **options)
+    check(torch.randn(2, 8, 1, 64, device="cuda"), keys, values, softcap=3.0, size=3.0)

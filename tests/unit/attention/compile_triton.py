@@ -15,6 +15,7 @@ from kvquant.attention import triton_device, triton_kernels
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.plugin import BackendSpec, Capabilities
+from kvquant.plugin.capabilities import TRELLIS_WIDTHS
 from tests.support import FORMATS
 
 TYPES = {
@@ -28,7 +29,8 @@ TYPES = {
 #: Shared memory that the smallest of the GPUs with bfloat16 tensor cores gives a program (capability 8.6 and 8.9).
 SHARED_MEMORY = 99 * 1024
 
-#: ``(format, axes, bits, group size, head dims, ratio, query tokens, mask)``; every other one has outliers.
+#: ``(format, axes, bits, group size, head dims, ratio, query tokens, mask)``; every other one has outliers,
+#: every third one a cap.
 CASES = [
     ("affine", ("channel", "token"), (4, 4), 64, (128, 128), 4, 1, None),
     ("affine", ("token", "channel"), (3, 8), 16, (80, 96), 1, 1, torch.bool),
@@ -37,6 +39,10 @@ CASES = [
     ("codebook", ("token", "channel"), (2, 8), 16, (112, 32), 4, 2, torch.float32),
     ("affine", ("channel", "token"), (2.5, 3.5), 32, (64, 128), 4, 1, None),
     ("codebook", ("token", "channel"), (2.5, 1.5), 16, (128, 96), 4, 1, None),
+    ("trellis", ("channel", "token"), (3, 1), 8, (80, 96), 2, 1, torch.bool),
+    ("trellis", ("token", "channel"), (1, 2), 32, (64, 256), 8, 4, None),
+    ("trellis", ("channel", "token"), (3, 3), 64, (256, 256), 8, 4, None),
+    ("trellis", ("channel", "token"), (2, 3), 64, (128, 128), 4, 1, None),
 ]
 
 
@@ -73,7 +79,8 @@ class Compiled:
 
 def main(capability):
     for kind, factory in FORMATS.items():
-        kvquant.register(BackendSpec(f"test-{kind}", factory, Capabilities(nbits=(1, 2, 3, 4, 8), formats=(kind,))))
+        widths = TRELLIS_WIDTHS if kind == "trellis" else (1, 2, 3, 4, 8)
+        kvquant.register(BackendSpec(f"test-{kind}", factory, Capabilities(nbits=widths, formats=(kind,))))
     for name in ("attend_split", "merge_splits"):
         setattr(triton_device, name, Compiled(getattr(triton_device, name), capability))
     for at, (kind, axes, bits, group_size, widths, ratio, queries, mask) in enumerate(CASES):
@@ -87,7 +94,8 @@ def main(capability):
         query = torch.randn(2, 2, ratio * queries, widths[0])
         shown = None if mask is None else torch.ones(2, 1, 1, queries, len(keys)).to(mask)
         last = torch.full((queries, 1), 600) if queries > 1 else None
-        triton_kernels.attend_body(query, keys, values, shown, last)
+        shift, cap = (torch.randn(query.shape[:3]), 30.0) if at % 3 == 0 else (None, None)
+        triton_kernels.attend_body(query, keys, values, shown, last, cap, shift)
 
 
 if __name__ == "__main__":

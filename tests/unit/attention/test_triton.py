@@ -21,13 +21,17 @@ from kvquant.attention.counters import counters
 from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.packing import WIDTHS
+from kvquant.plugin.capabilities import TRELLIS_WIDTHS
+from kvquant_plugins.trellis import TAPS
 from tests.support import FORMATS, exact_attention, possible_width
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'kvquant[fused]'")
 
 pytestmark = [
     pytest.mark.usefixtures("formats"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and tests/gpu runs them"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="needs a machine without a GPU, so that Triton interprets; else see tests/gpu"
+    ),
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -109,8 +113,9 @@ def layouts(draw):
     widths = draw(st.tuples(*[st.sampled_from([20, 32, 64, 80, 96, 112, 128, 256])] * 2))
     rotations = draw(st.tuples(*[st.sampled_from([None, None, "hadamard", "random"])] * 2))
     sizes = [draw(group_sizes(axis, width)) for axis, width in zip(axes, widths, strict=True)]
-    kind = draw(st.sampled_from(["affine", "codebook"]))
+    kind = draw(st.sampled_from(["affine", "codebook", "trellis"]))
     bits = [possible_width(*each[:1], kind, *each[1:]) for each in zip(bits, axes, sizes, widths, strict=True)]
+    smoothing = draw(st.tuples(st.booleans(), st.booleans()))
     return widths, {
         "backend": f"test-{kind}",
         "axis_key": axes[0],
@@ -121,6 +126,8 @@ def layouts(draw):
         "group_size_value": sizes[1],
         "rotation_key": rotations[0],
         "rotation_value": rotations[1],
+        "smoothing_key": smoothing[0],
+        "smoothing_value": smoothing[1],
         "scale_bits": draw(st.sampled_from([8, 16])),
         "outlier_share": draw(st.sampled_from([0, 0, 0.01, 0.1])),
     }
@@ -166,6 +173,38 @@ def test_fused_equals_dequantised(
         query, keys, values, mask,
         is_causal=masking == "causal", scale=scale, softcap=softcap, sinks=extra, size=1 + mean,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", TRELLIS_WIDTHS)
+@pytest.mark.parametrize(
+    ("axes", "sizes", "widths"),
+    [
+        (("channel", "token"), (64, 32), (64, 64)),  # scales of a tile; of a token
+        (("token", "channel"), (5, 24), (20, 112)),  # planes shorter than the register; groups that no tile fits
+        (("token", "token"), (4, 96), (64, 96)),  # groups shorter than the register; planes that are padded
+    ],
+)
+@pytest.mark.parametrize(("states", "offset", "scale_bits"), [(4, True, 8), (64, False, 8), (64, True, 16)])
+def test_codes_of_a_trellis(bits, axes, sizes, widths, states, offset, scale_bits):
+    """Of every width, along tokens and along channels, with offsets and without, in bytes or wider."""
+    options = {"states": states, "offset": offset}
+    keys, values = filled(
+        230, again=19, widths=widths, backend="trellis", nbits=bits, axis_key=axes[0], axis_value=axes[1],
+        group_size_key=sizes[0], group_size_value=sizes[1], options=options, scale_bits=scale_bits,
+        smoothing_key=False, smoothing_value=False,
+    )  # fmt: skip
+    for page in (keys.body.pages[0], values.body.pages[0]):
+        assert page.taps == TAPS[states]
+        assert (page.offset is not None, page.scale_bits) == (offset, scale_bits)
+    check(torch.randn(1, 2, 2, widths[0]), keys, values)
+
+
+def test_scores_are_soft_capped_with_what_smoothing_took_off_the_keys(monkeypatch):
+    """By the kernel: a cap is for whole scores."""
+    monkeypatch.setattr(tiles, "attend_tiles", None)
+    keys, values = filled(150, batch=2, heads=2, smoothing_key=True, mean=2.0, outlier_share=0.1)
+    check(torch.randn(2, 4, 2, 32), keys, values, softcap=3.0, size=3.0)
+    check(torch.randn(2, 4, 2, 32), keys, values, size=3.0)
 
 
 @pytest.mark.parametrize("outliers", [0, 0.1])

@@ -18,9 +18,10 @@ from kvquant.cache.layer import QuantizedLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.engine.grouping import rows_to_states, states_to_rows
 from kvquant.engine.packing import WIDTHS, unpack, widths_of
+from kvquant.engine.trellis import Taps, level_indices
 from kvquant.plugin import BackendSpec, Capabilities, Opaque, Scheme
 from kvquant.transforms.smoothing import Smoothing
-from tests.support import FORMATS, MinMax, possible_options
+from tests.support import FORMATS, MinMax, possible_options, whole_width
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -139,6 +140,9 @@ class CacheMachine(RuleBasedStateMachine):
         answer = quantizer.quantize(states_to_rows(states, axis, group))
         if isinstance(answer, Opaque):
             rows = quantizer.dequantize(answer)
+        elif answer.taps is not None:
+            rows = answer.table[level_indices(answer.codes, Taps(*answer.taps), 1).long()] * answer.scale[:, None]
+            rows = rows if answer.offset is None else rows + answer.offset[:, None]
         elif answer.table is not None:
             rows = answer.table[answer.codes.long()] * answer.scale[:, None]
         else:
@@ -325,7 +329,8 @@ def test_a_crop_that_stays_in_the_window_leaves_what_never_saw_the_tokens(option
 @pytest.mark.parametrize("kind", FORMATS)
 def test_spare_capacity_stays_within_an_eighth_or_a_page(kind):
     """After every one of 3,000 appended tokens, what is allocated exceeds what is stored by an eighth or a page."""
-    layer = QuantizedLayer(CacheConfig(backend=f"test-{kind}", group_size=8, residual_length=16), 0)
+    config = CacheConfig(backend=f"test-{kind}", nbits=whole_width(4, kind), group_size=8, residual_length=16)
+    layer = QuantizedLayer(config, 0)
     for _ in range(300):
         layer.update(torch.randn(1, 1, 10, 8), torch.randn(1, 1, 10, 8))
         for store in layer.stores:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from kvquant.cache.layer import QuantizedLayer
 from kvquant.cache.sliding import QuantizedSlidingLayer
 from kvquant.engine.config import CacheConfig
 from kvquant.errors import CacheFileError, CropError, OtherModelError
-from tests.support import FORMATS, SMALL_MODEL
+from tests.support import FORMATS, SMALL_MODEL, whole_width
 from tests.unit.cache.files import tampered
 from tests.unit.cache.helpers import states
 
@@ -31,7 +32,8 @@ OPTIONS = {"group_size": 8, "residual_length": 8, "nbits": 4}
 
 
 def config(backend="test-affine", **options):
-    return CacheConfig(**{"backend": backend, **OPTIONS, **options})
+    nbits = whole_width(OPTIONS["nbits"], backend.removeprefix("test-"))
+    return CacheConfig(**{"backend": backend, **OPTIONS, "nbits": nbits, **options})
 
 
 def make(window=WINDOW, **options):
@@ -97,20 +99,20 @@ AXES = [("channel", "token"), ("token", "channel")]
 
 # For numba a kind of stream that other tests compile for as well.
 @pytest.mark.parametrize(
-    ("kernel", "axes", "queries", "width", "group"),
+    ("kernel", "kind", "axes", "queries", "width", "group"),
     [
-        ("numba", ("channel", "token"), 1, 64, 32),
-        *((kernel, axes, 3, 16, 8) for kernel in ("triton", "torch") for axes in AXES),
+        ("numba", "affine", ("channel", "token"), 1, 64, 32),
+        *((*each, axes, 3, 16, 8) for each in product(("triton", "torch"), ("affine", "trellis")) for axes in AXES),
     ],
 )
-def test_attention_over_packed_tokens_sees_what_is_in_view(kernel, axes, queries, width, group, monkeypatch):
+def test_attention_over_packed_tokens_sees_what_is_in_view(kernel, kind, axes, queries, width, group, monkeypatch):
     """With hidden tokens before, inside a page, and a mask of transformers' width."""
     if kernel != "torch":
         pytest.importorskip(kernel)
     if kernel == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("tests/gpu runs compiled kernels")
+        pytest.skip("needs TRITON_INTERPRET=1; tests/gpu runs compiled kernels")
     monkeypatch.setenv(VARIABLE, kernel)
-    layer = make(201, group_size=group, axis_key=axes[0], axis_value=axes[1])
+    layer = make(201, backend=f"test-{kind}", group_size=group, axis_key=axes[0], axis_value=axes[1])
     torch.manual_seed(0)
     for tokens in (150, 140, 3, 5):
         layer.update(states(tokens, width=width), states(tokens, width=width))
@@ -253,8 +255,8 @@ def gemma(window=80):
 
 
 def filled(lengths, kind="affine", window=80, sink=0):
-    options = {**OPTIONS, "backend": f"test-{kind}", "sink_length": sink, "outlier_share": 0.1}
-    cache = QuantizedCache(config=gemma(window), **options)
+    options = {**OPTIONS, "nbits": whole_width(OPTIONS["nbits"], kind), "sink_length": sink, "outlier_share": 0.1}
+    cache = QuantizedCache(f"test-{kind}", gemma(window), **options)
     for pair in pairs(lengths):
         for layer in (0, 1):
             cache.update(*pair, layer)
