@@ -1,4 +1,4 @@
-"""Models on two GPUs. Where there are fewer these tests are skipped."""
+"""Models on two GPUs."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from kvquant import QuantizedCache
 from kvquant.demo import MODEL_DIR
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 def spread(model, first):

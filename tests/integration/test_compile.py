@@ -161,7 +161,9 @@ HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
             "grouped queries",
             "sdpa",
             "inductor",
-            marks=pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler"),
+            marks=pytest.mark.skipif(
+                not HAS_COMPILER, reason="needs a C++ compiler on the PATH, for inductor: c++, g++ or clang++"
+            ),
         ),
     ],
 )
@@ -187,7 +189,7 @@ def test_a_layer_s_attention_in_a_graph(kind, attention, backend):
     assert graphs() == before + 1
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler on the PATH, for inductor: c++, g++ or clang++")
 def test_what_a_graph_reads_of_the_length_is_what_it_was_there():
     """Before an update that is the length before it, also where inductor computes with it after."""
     weight, positions = torch.randn(16, 16, requires_grad=True), torch.arange(ROOM)
