@@ -21,12 +21,12 @@ from kvquant.evaluation.attention import (
     changed_error,
     decoded,
     measure_attention,
-    record,
     run_settings,
 )
 from kvquant.evaluation.candidates import parse_candidates
 from kvquant.evaluation.journal import Journal
 from kvquant.evaluation.loading import load_model
+from kvquant.evaluation.recording import record
 
 SHAPE = {
     "hidden_size": 32,
