@@ -117,7 +117,13 @@ def check(layer, query, mask=None, **options):
     torch.testing.assert_close(fused.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+#: One kind of each format in every run; to compile the others takes minutes.
+EACH = [
+    kind if kind in (KINDS[0], KINDS[6], KINDS[10]) else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+]
+
+
+@pytest.mark.parametrize("kind", EACH, ids=str)
 def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
     """For every mask, batch, number of query tokens, length and scale."""
     heads, groups = 2, kind.groups
@@ -139,6 +145,7 @@ def test_the_kernel_equals_attention_over_the_dequantised_states(kind):
         check(layer, query, torch.zeros(queries, tokens).masked_fill(~padding[0, 0], torch.finfo(torch.float32).min))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),

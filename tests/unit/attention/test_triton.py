@@ -133,6 +133,7 @@ def layouts(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     layout=layouts(),
@@ -175,6 +176,7 @@ def test_fused_equals_dequantised(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", TRELLIS_WIDTHS)
 @pytest.mark.parametrize(
     ("axes", "sizes", "widths"),
@@ -302,6 +304,7 @@ def test_what_is_missing_is_said(monkeypatch):
     assert "pip install" in triton_kernels.why_not(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile(capability):
     """For GPUs that are not here: the interpreter does not check what the compiler does."""
