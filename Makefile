@@ -69,7 +69,7 @@ arrows: $(VENV)/.dev   ## Check that imports point one way
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev     ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev    ## Time the caches side by side
 	$(BIN)/kvquant bench $(ARGS)

@@ -170,7 +170,8 @@ class QuantizedCache(Configured, Cache):  # type: ignore[misc]  # transformers s
         """Have layers know batch size, heads, head dim, type and device before the first update.
 
         Args:
-            args, kwargs: those of transformers' method of this name.
+            *args: those of transformers' method of this name.
+            **kwargs: likewise.
 
         Raises:
             UnsupportedError: there are no layers yet.

@@ -40,14 +40,15 @@ def attention_forward(
     Args:
         module: the attention layer; `is_causal` is taken from it where that is None.
         query: ``[batch, query_heads, query_tokens, head_dim]``.
-        key, value: ``[batch, kv_heads, tokens, head_dim]``, from a cache or from the model.
+        key: ``[batch, kv_heads, tokens, head_dim]``, from a cache or from the model.
+        value: likewise.
         attention_mask: broadcastable to ``[batch, query_heads, query_tokens, tokens]``; bool or additive.
         dropout: not supported together with `softcap` or `s_aux`.
         scaling: factor on the scores; None takes ``head_dim ** -0.5``.
         is_causal: whether query tokens see only what comes before them, where there is no mask.
         softcap: what scores are soft-capped at.
         s_aux: attention sinks ``[query_heads]``.
-        others: what `sdpa_attention_forward` takes, where there is neither `softcap` nor `s_aux`.
+        **others: what `sdpa_attention_forward` takes, where there is neither `softcap` nor `s_aux`.
 
     Returns:
         ``[batch, query_tokens, query_heads, value_head_dim]``, and None in place of the weights.
