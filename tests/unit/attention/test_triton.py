@@ -134,6 +134,7 @@ def layouts(draw):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the interpreter takes minutes, and more where others are at work
 @settings(max_examples=40)
 @given(
     layout=layouts(),
