@@ -24,7 +24,7 @@ _COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _AXES = {"axis_key": "channel", "axis_value": "token"}
 #: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks, smoothed channels, rotated
-#: values, scales by error and in bytes; bits go to keys first.
+#: values, scales by the fourth power of errors and in bytes; bits go to keys first.
 _MEASURED = {
     **_AXES,
     "group_size": 64,
@@ -35,7 +35,7 @@ _MEASURED = {
     "rotation_value": "hadamard",
     "scale_bits": 8,
 }
-_BY_ERROR = {"options": {"scale": "error"}}
+_FOURTH = {"options": {"scale": "fourth"}}
 _KIVI = {
     **_AXES,
     "group_size": 32,
@@ -48,10 +48,10 @@ _KIVI = {
 
 #: Named settings. KIVI's are those of its paper (arXiv 2402.02750, section 4.1): group 32, a window of 128 tokens.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"nbits": 2, "nbits_key": 2, "nbits_value": 1, **_MEASURED, **_BY_ERROR},
-    "smallest": {"nbits": 2, **_MEASURED, **_BY_ERROR},
-    "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED, **_BY_ERROR},
-    "balanced": {"nbits": 4, **_MEASURED, **_BY_ERROR},
+    "tiny": {"nbits": 2, "nbits_key": 2, "nbits_value": 1, **_MEASURED, **_FOURTH},
+    "smallest": {"nbits": 2, **_MEASURED, **_FOURTH},
+    "small": {"nbits": 2, "nbits_key": 3, "nbits_value": 2, **_MEASURED, **_FOURTH},
+    "balanced": {"nbits": 4, **_MEASURED, **_FOURTH},
     "accurate": {"nbits": 4, "nbits_key": 8, "nbits_value": 4, **_MEASURED, "scale_bits": 16},
     "kivi-2": {"nbits": 2, **_KIVI},
     "kivi-4": {"nbits": 4, **_KIVI},

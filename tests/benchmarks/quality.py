@@ -128,6 +128,16 @@ _ABLATION = (
     "transformers:quanto:2",
     "transformers:hqq:2",
 )
+#: The ends of a group, the least sum of squared errors, or that of fourth powers: alone, and with the other parts.
+_SCALES = (
+    _PLAIN,
+    *(
+        f"{_PLAIN}:scale={scale}{others}"
+        for others in ("", f"{_SMOOTH}{_BYTES}", f"{_SMOOTH}{_BYTES}:group_size=32")
+        for scale in ("error", "fourth")
+    ),
+    f"{_PLAIN}{_SMOOTH}{_BYTES}",
+)
 _FOUR = (
     "reference:4",
     "reference:4:scale=error",
@@ -195,6 +205,7 @@ QUESTIONS = (
         "reference:2",
     ),
     Question("ablation", "What does each part buy, at two bits?", ",".join(_ABLATION), _PLAIN),
+    Question("scales", "Which scales, at two bits?", ",".join(_SCALES), _PLAIN),
     Question("four", "And at four?", ",".join(_FOUR), "reference:4"),
     Question(
         "defaults",

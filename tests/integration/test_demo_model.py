@@ -35,7 +35,8 @@ def test_fewer_bits_take_less_and_the_disagreement_is_there_to_see(model, prompt
     """2 bits are much smaller than 4, and the figures say how often the next token differs."""
     four, two = compare(model, prompt, [CacheConfig(nbits=4), CacheConfig(nbits=2)], max_new_tokens=60)
     assert 1 < four.byte_ratio < two.byte_ratio
-    assert (four.quantized.bits_per_element, two.quantized.bits_per_element) == (4.5, 2.5)
+    assert four.quantized.bits_per_element == 4.5
+    assert 2.25 < two.quantized.bits_per_element < 2.3  # scales in bytes, and what smoothing remembers
     assert four.agreement > 0.9
     assert four.to_dict()["same_start"] == four.same_start <= 60
     for one in (four, two):

@@ -157,7 +157,7 @@ def test_what_is_said_of_all_caches_goes_before_the_default() -> None:
     shared = {"group_size": 32, "axis_key": None, "residual_length": 16}
     options = tuning_options(None, shared)
     assert (options["group_size"], options["residual_length"], options["axis_key"]) == (32, 16, "channel")
-    assert (options["sink_length"], options["options"]) == (4, {"scale": "error"})
+    assert (options["sink_length"], options["options"]) == (4, {"scale": "fourth"})
     assert not {"nbits", "nbits_key", "nbits_value"} & set(options)
     assert tuning_options("smallest", shared)["group_size"] == PRESETS["smallest"]["group_size"]
     with pytest.raises(OptionValueError, match="group_size=0 cannot work"):
