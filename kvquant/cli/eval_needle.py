@@ -10,13 +10,11 @@ import click
 from kvquant.cli.console import interval_text
 from kvquant.cli.eval_options import (
     cache_options,
-    candidates,
     interruptible,
-    model,
     model_options,
     run_options,
 )
-from kvquant.cli.eval_run import deliver, run_on_text, text_option
+from kvquant.cli.eval_run import evaluate_text, text_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,32 +81,19 @@ def needle(as_json: bool, text: Path | None, plot: Path | None, output: Path | N
     and the share whose first choice is the same. Intervals are for 95 %.
     """
     from kvquant.evaluation import needle as evaluation
-    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import needle as figure
 
-    check_plot(plot)
-    caches, left_out = candidates(chosen)
-    subject, threads = model(chosen), chosen.pop("threads")
-    options = _options(caches, chosen)
-
-    report, loaded, machine = run_on_text(
+    evaluate_text(
         evaluation,
-        lambda loaded, _, questions, *record: evaluation.measure_needle(loaded, questions, options, *record),
-        options,
-        subject,
-        threads=threads,
-        text=text,
-        output=output,
-        doing="Asking",
-        quiet=as_json,
-    )
-    deliver(
-        report,
-        machine,
-        loaded.title,
+        lambda loaded, _, questions, options, *record: evaluation.measure_needle(loaded, questions, options, *record),
+        _options,
+        chosen,
         draw=figure.draw,
-        show=lambda: _show(report, loaded, machine, left_out),
+        show=_show,
+        doing="Asking",
+        text=text,
         plot=plot,
+        output=output,
         as_json=as_json,
     )
 

@@ -10,13 +10,11 @@ import click
 from kvquant.cli.console import interval_text
 from kvquant.cli.eval_options import (
     cache_options,
-    candidates,
     interruptible,
-    model,
     model_options,
     run_options,
 )
-from kvquant.cli.eval_run import deliver, run_on_text, text_option
+from kvquant.cli.eval_run import evaluate_text, text_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,32 +59,19 @@ def perplexity(as_json: bool, text: Path | None, plot: Path | None, output: Path
     tell caches apart. Intervals are for 95 %, from windows drawn again.
     """
     from kvquant.evaluation import perplexity as evaluation
-    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.figures import perplexity as figure
 
-    check_plot(plot)
-    caches, left_out = candidates(chosen)
-    subject, threads = model(chosen), chosen.pop("threads")
-    options = _options(caches, chosen)
-
-    report, loaded, machine = run_on_text(
+    evaluate_text(
         evaluation,
-        lambda loaded, tokens, _, *record: evaluation.measure_perplexity(loaded, tokens, options, *record),
-        options,
-        subject,
-        threads=threads,
-        text=text,
-        output=output,
-        doing="Measuring",
-        quiet=as_json,
-    )
-    deliver(
-        report,
-        machine,
-        loaded.title,
+        lambda loaded, tokens, _, options, *record: evaluation.measure_perplexity(loaded, tokens, options, *record),
+        _options,
+        chosen,
         draw=figure.draw,
-        show=lambda: _show(report, loaded, machine, left_out),
+        show=_show,
+        doing="Measuring",
+        text=text,
         plot=plot,
+        output=output,
         as_json=as_json,
     )
 

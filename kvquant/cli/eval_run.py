@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from kvquant.cli.eval_options import F, read_text, results_only
+from kvquant.cli.eval_options import F, candidates, model, read_text, results_only
 
 if TYPE_CHECKING:
     from kvquant.evaluation.journal import Journal
@@ -29,8 +29,8 @@ class Evaluation(Protocol):
         """Return all that results depend on, for a journal."""
 
 
-#: Measures ``(model, tokens, what was planned, journal, progress)``.
-Measure = Callable[["LoadedModel", list[int], Any, "Journal", Any], Any]
+#: Measures ``(model, tokens, what was planned, options, journal, progress)``.
+Measure = Callable[["LoadedModel", list[int], Any, Any, "Journal", Any], Any]
 
 
 def text_option(words: str) -> Callable[[F], F]:
@@ -42,50 +42,65 @@ def text_option(words: str) -> Callable[[F], F]:
     )
 
 
-def run_on_text(
+def evaluate_text(
     evaluation: Evaluation,
     measure: Measure,
-    options: Any,
-    subject: dict[str, Any],
+    options_of: Callable[[Any, dict[str, Any]], Any],
+    chosen: dict[str, Any],
     *,
-    threads: int | None,
-    text: Path | None,
-    output: Path | None,
+    draw: Callable[[Any], Any],
+    show: Callable[[Any, LoadedModel, dict[str, Any], list[str]], None],
     doing: str,
-    quiet: bool,
-) -> tuple[Any, LoadedModel, dict[str, Any]]:
-    """Load a model and a text, and measure.
+    text: Path | None,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Do all that a command does that evaluates caches on a text.
 
     Args:
         evaluation: the module.
         measure: its function that measures.
-        options: of the evaluation.
-        subject: what `load_model` is told.
-        threads: torch's threads, None for its own choice.
-        text: None for the held-out text of the shipped model.
-        output: the record of finished parts, None for none.
+        options_of: makes its options of the caches and of what is left of `chosen`.
+        chosen: what the user chose, but for the arguments below.
+        draw: makes a figure of the report.
+        show: prints report, model and machine, and a line for each cache that was left out.
         doing: what the progress bar says.
-        quiet: whether there is none.
-
-    Returns:
-        The report, the model, and the machine in builtins.
+        text: None for the held-out text of the shipped model.
+        plot: where the figure goes, None for none.
+        output: the record of finished parts, None for none.
+        as_json: whether JSON is printed in place of what `show` prints.
     """
     from kvquant.cli.console import progress_bar
     from kvquant.demo import HELDOUT_FILE
+    from kvquant.evaluation.figures import check_plot
     from kvquant.evaluation.journal import Journal
     from kvquant.evaluation.loading import load_model
     from kvquant.evaluation.measure import describe_machine, steady
 
+    check_plot(plot)
+    caches, left_out = candidates(chosen)
+    subject, threads = model(chosen), chosen.pop("threads")
+    options = options_of(caches, chosen)
     with results_only(), steady(threads):
         loaded = load_model(**subject)
         tokens = loaded.encode(read_text("text", text or HELDOUT_FILE))
         planned = evaluation.plan(loaded, tokens, options)
         with (
             Journal(output, evaluation.run_settings(loaded, tokens, options)) as journal,
-            progress_bar(doing, evaluation.work(planned, options), quiet=quiet) as progress,
+            progress_bar(doing, evaluation.work(planned, options), quiet=as_json) as progress,
         ):
-            report = measure(loaded, tokens, planned, journal, progress)
-        return report, loaded, describe_machine(subject["device"])
+            report = measure(loaded, tokens, planned, options, journal, progress)
+        machine = describe_machine(subject["device"])
+    deliver(
+        report,
+        machine,
+        loaded.title,
+        draw=draw,
+        show=lambda: show(report, loaded, machine, left_out),
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 def deliver(
