@@ -286,12 +286,24 @@ def table(rows: Sequence[PerplexityRow], recalled: Sequence[NeedleRow], versus: 
     return lines
 
 
+def broken(label: str, width: int = 60) -> str:
+    """Return a cache's name in lines of about so many letters, broken behind its colons."""
+    lines = [""]
+    for part in label.split(":"):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += f"{part}:"
+    return "\n".join(lines).removesuffix(":")
+
+
 def draw(question: Question, found: dict[str, list[PerplexityRow]], path: Path) -> None:
     """Draw KL divergences with their intervals, a line for each cache, a colour for each model."""
     from matplotlib.figure import Figure
 
     labels = [row.cache for row in next(iter(found.values())) if row.cache != "full"]
-    figure = Figure(figsize=(9, 1.4 + 0.3 * len(labels)), layout="constrained")
+    shown_labels = [broken(label) for label in labels]
+    row = 0.3 + 0.09 * max(label.count("\n") for label in shown_labels)
+    figure = Figure(figsize=(9, 1.4 + row * len(labels)), layout="constrained")
     panel = figure.subplots()
     for shift, (which, rows) in zip((-0.14, 0.14), found.items(), strict=False):
         shown = {row.cache: row.kl for row in rows}
@@ -303,7 +315,7 @@ def draw(question: Question, found: dict[str, list[PerplexityRow]], path: Path) 
         panel.errorbar(
             values, places, xerr=[lows, highs], fmt="o", markersize=5, capsize=3, label=name, color=_COLOURS[which]
         )
-    panel.set_yticks(range(len(labels)), labels, fontsize=8, family="monospace")
+    panel.set_yticks(range(len(labels)), shown_labels, fontsize=7, family="monospace")
     panel.invert_yaxis()
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter("{x:g}")
