@@ -133,7 +133,7 @@ class Encoder:
         rows_per_call = max(1, CHUNK_ELEMENTS // max(1, states.shape[1:].numel()))
         both = zip(states.split(rows_per_call), given.split(rows_per_call), strict=True)
         parts = [self._encode_rows(*part, bits) for part in both]
-        return list(self._by_precision(parts[0] if len(parts) == 1 else self._join(parts)))
+        return list(self._by_precision(parts[0] if len(parts) == 1 else self._join(parts), bits))
 
     @property
     def border(self) -> Border:
@@ -289,14 +289,14 @@ class Encoder:
 
     # -------------------------------------------------------------------------------------------- stored precision
 
-    def _by_precision(self, piece: Encoded) -> Iterator[tuple[Encoded, int]]:
-        """Cut a piece into runs of blocks whose scales need the same bits, and say how many.
+    def _by_precision(self, piece: Encoded, bits: int) -> Iterator[tuple[Encoded, int]]:
+        """Cut a piece into runs of blocks whose scales take the same bits, `bits` at least, and say how many.
 
         float16 holds most scales with an error that is small beside a quantisation step, at half the bytes, and so do
-        8 bits where codes are chosen after them. Each block is judged by itself, so that the answer does not depend on
-        which blocks came in one call.
+        8 bits where codes are chosen after them. Each block is judged by itself and by the bits of the one before, so
+        that the answer does not depend on which blocks came in one call.
         """
-        needs = self._needed_bits(piece)
+        needs = self._needed_bits(piece, bits)
         tokens_per_scale = self.scheme.group_size if self.scheme.axis == "channel" else 1
         start = 0
         while start < len(needs):
@@ -308,14 +308,23 @@ class Encoder:
             yield piece.run(slice(start, stop), tokens, rows), needs[start]
             start = stop
 
-    def _needed_bits(self, piece: Encoded) -> list[int]:
-        """Return the bits that the scales of every block need."""
+    def _needed_bits(self, piece: Encoded, bits: int) -> list[int]:
+        """Return the bits that the scales of every block take, where those before take `bits`.
+
+        A block that would do with bytes may need more than 16 bits all the same once bytes are given up: its codes are
+        then those of the backend, not those that were chosen after rounding.
+        """
         blocks, widest = piece.tokens // self.block, 8 * piece.scale.element_size()
         in_bytes = [False] * blocks if piece.fits is None else _in_every(piece.fits, blocks).tolist()
-        if all(in_bytes):
+        if bits <= 8 and all(in_bytes):
             return [8] * blocks
         in_half = _in_every(self._fits_half(piece), blocks).tolist()
-        return [8 if byte else 16 if half else widest for byte, half in zip(in_bytes, in_half, strict=True)]
+        taken = []
+        for byte, half in zip(in_bytes, in_half, strict=True):
+            needed = 8 if byte and bits <= 8 else 16 if half else widest
+            bits = max(bits, needed)
+            taken.append(bits)
+        return taken
 
     def _fits_half(self, piece: Encoded) -> Tensor:
         """Return bool like the grid of scales: whether rounding to float16 costs a small share of a step."""

@@ -80,7 +80,8 @@ def test_states_are_right_where_the_library_s_are_wrong(head_dim: int, group_siz
     for axis in ("channel", "token"):
         if axis == "token" and head_dim % group_size:
             continue
-        cache = QuantizedCache("bitsandbytes", axis_key=axis, axis_value=axis, group_size=group_size, residual_length=0)
+        options = {"axis_key": axis, "axis_value": axis, "group_size": group_size, "smoothing_key": False}
+        cache = QuantizedCache("bitsandbytes", residual_length=0, **options)
         cache.update(states, states, 0)
         groups = (states.transpose(2, 3) if axis == "channel" else states).contiguous()
         packed, state = functional.quantize_4bit(groups, blocksize=group_size, quant_type="nf4")

@@ -20,7 +20,7 @@ from kvquant.evaluation.longbench.run import LongBenchOptions, measure_longbench
 from kvquant.evaluation.longbench.tasks import OVERALL, TASKS
 
 #: One that loses next to nothing, and one that changes answers.
-EIGHT, ONE = "reference:8:residual_length=16", "reference:1:group_size=32:residual_length=16"
+EIGHT, ONE = "reference:8:residual_length=16", "reference:1:scale=range:residual_length=16"
 BACKENDS = f"{EIGHT},{ONE}"
 PROSE = HELDOUT_FILE.read_text("utf-8")
 
