@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from kvquant import QuantizedCache
 from kvquant.demo import MODEL_DIR
 
+# What a second device does is tried everywhere with pretended ones, in tests/unit/cache/test_devices.py.
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 

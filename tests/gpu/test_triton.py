@@ -1,19 +1,11 @@
 """What the interpreter shows of Triton's kernels holds on the device, at a length that fills it."""
 
-import os
-
 import pytest
 import torch
 
 from tests.unit.attention.test_triton import check, filled, made_mask
 
-pytestmark = [
-    pytest.mark.usefixtures("formats"),
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") == "1",
-        reason="needs TRITON_INTERPRET unset, or kernels do not run on the GPU",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("formats")
 
 #: ``(format, axes, bits, group sizes, head dims, query heads, query tokens, mask)``
 CASES = [

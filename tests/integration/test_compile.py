@@ -149,6 +149,7 @@ def test_a_compiled_prefill_needs_the_layers_of_a_config(llama):
         cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
 
 
+#: What inductor needs and `make test` cannot install: a fresh machine need not have it, and CI has.
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 

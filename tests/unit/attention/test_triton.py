@@ -29,6 +29,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'kvqu
 
 pytestmark = [
     pytest.mark.usefixtures("formats"),
+    # Whether Triton interprets is decided once for a process, and one that has a GPU is to compile for it.
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="needs a machine without a GPU, so that Triton interprets; else see tests/gpu"
     ),
