@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from kvquant.evaluation.intervals import Estimate
 from kvquant.evaluation.measure import Spread
@@ -195,6 +195,23 @@ def listing(items: Sequence[Any]) -> str:
     """Return ``"a, b and c"``."""
     texts = [str(item) for item in items]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+class OfContext(Protocol):
+    """A row of a report that is of one context length."""
+
+    @property
+    def context(self) -> int:
+        """Tokens."""
+
+
+RowT = TypeVar("RowT", bound=OfContext)
+
+
+def at_longest(rows: Sequence[RowT]) -> tuple[RowT, ...]:
+    """Return the rows of the longest context; there is a row at least."""
+    longest = max(row.context for row in rows)
+    return tuple(row for row in rows if row.context == longest)
 
 
 def shortened(text: str, width: int = 400) -> str:

@@ -11,7 +11,7 @@ from kvquant.evaluation.figures import perplexity as figure
 from kvquant.evaluation.page.commands import plain_model
 from kvquant.evaluation.page.kinds import perplexity
 from kvquant.evaluation.page.naming import Measurement
-from kvquant.evaluation.page.parts import Column, Group, Picture, Section, Table, number, tokens, used
+from kvquant.evaluation.page.parts import Column, Group, Picture, Section, Table, at_longest, number, tokens, used
 from kvquant.evaluation.page.pictures import picture
 from kvquant.evaluation.perplexity import PerplexityReport
 
@@ -100,7 +100,7 @@ def best(report: PerplexityReport) -> frozenset[str]:
     """Return the caches for which no other has fewer bits and no larger KL divergence, or as few and a smaller one."""
     points: Mapping[str, tuple[float, float]] = {
         row.cache: (row.bits_per_element, row.kl.value)
-        for row in perplexity.longest_rows(report)
+        for row in at_longest(report.rows)
         if row.cache != FULL and row.bits_per_element is not None
     }
     return frozenset(
@@ -111,7 +111,7 @@ def best(report: PerplexityReport) -> frozenset[str]:
 
 
 def _quality(report: PerplexityReport) -> tuple[Picture, ...]:
-    longest = dataclasses.replace(report, rows=perplexity.longest_rows(report))
+    longest = dataclasses.replace(report, rows=at_longest(report.rows))
     seen = perplexity.seen(longest)
     if not seen:
         return ()

@@ -7,7 +7,18 @@ from typing import Any
 
 from kvquant.evaluation.attention import AttentionReport, AttentionRow
 from kvquant.evaluation.page.commands import evaluation_options, settings_of
-from kvquant.evaluation.page.parts import Column, Group, Table, estimate, listing, number, plural, shortened, tokens
+from kvquant.evaluation.page.parts import (
+    Column,
+    Group,
+    Table,
+    at_longest,
+    estimate,
+    listing,
+    number,
+    plural,
+    shortened,
+    tokens,
+)
 from kvquant.evaluation.reports import ReportFile
 
 TITLE = "Attention's output"
@@ -60,10 +71,9 @@ def notes(report: AttentionReport) -> tuple[str, ...]:
 
 def summary(report: AttentionReport) -> Group:
     """Return what the longest context says."""
-    longest = max(row.context for row in report.rows)
-    rows = [row for row in report.rows if row.context == longest]
+    rows = at_longest(report.rows)
     return Group(
-        f"Attention, {tokens(longest)} tokens, {plural(len(rows[0].windows), 'piece')}",
+        f"Attention, {tokens(rows[0].context)} tokens, {plural(len(rows[0].windows), 'piece')}",
         (Column("error of its output, %", {row.cache: estimate(row.output, "{:.3g}", 100) for row in rows}),),
     )
 

@@ -8,7 +8,18 @@ from typing import Any
 from kvquant.evaluation.candidates import FULL
 from kvquant.evaluation.needle import NeedleReport, NeedleRow
 from kvquant.evaluation.page.commands import evaluation_options, settings_of
-from kvquant.evaluation.page.parts import Column, Group, Table, estimate, listing, number, plural, shortened, tokens
+from kvquant.evaluation.page.parts import (
+    Column,
+    Group,
+    Table,
+    at_longest,
+    estimate,
+    listing,
+    number,
+    plural,
+    shortened,
+    tokens,
+)
 from kvquant.evaluation.reports import ReportFile
 
 TITLE = "Needle in a haystack"
@@ -54,10 +65,9 @@ def notes(report: NeedleReport) -> tuple[str, ...]:
 
 def summary(report: NeedleReport) -> Group:
     """Return what the longest context says."""
-    longest = max(row.context for row in report.rows)
-    rows = [row for row in report.rows if row.context == longest]
+    rows = at_longest(report.rows)
     return Group(
-        f"Needle, {tokens(longest)} tokens, {plural(rows[0].questions, 'question')}",
+        f"Needle, {tokens(rows[0].context)} tokens, {plural(rows[0].questions, 'question')}",
         (Column("keys retrieved, %", {row.cache: estimate(row.retrieved, "{:.0f}", 100) for row in rows}),),
     )
 

@@ -12,6 +12,7 @@ from kvquant.evaluation.page.parts import (
     Column,
     Group,
     Table,
+    at_longest,
     estimate,
     listing,
     number,
@@ -78,7 +79,7 @@ def notes(report: PerplexityReport) -> tuple[str, ...]:
 
 def summary(report: PerplexityReport) -> Group:
     """Return what the longest context says."""
-    rows = longest_rows(report)
+    rows = at_longest(report.rows)
     others = [row for row in rows if row.cache != FULL]
     windows = plural(len(rows[0].windows), "window")
     return Group(
@@ -102,12 +103,6 @@ def options(file: ReportFile) -> dict[str, Any]:
         "one-by-one": settings.get("one_by_one"),
         "one-pass": settings.get("one_pass"),
     }
-
-
-def longest_rows(report: PerplexityReport) -> tuple[PerplexityRow, ...]:
-    """Return the rows of the longest context."""
-    longest = max(row.context for row in report.rows)
-    return tuple(row for row in report.rows if row.context == longest)
 
 
 def _contexts(report: PerplexityReport) -> list[int]:
