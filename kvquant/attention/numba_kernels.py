@@ -291,7 +291,10 @@ def attend_body(
     pages = np.array([_described(segment, tables) for segment in found], dtype=np.int64)
     described, masks = _described_mask(mask, last, len(keys))
     cap = np.array([softcap or 0], dtype=np.float32)
-    shifts = torch.zeros(asked.shape[:3]) if shift is None else torch.nn.functional.pad(shift, (0, spare)).contiguous()
+    if shift is None:
+        shifts = asked.new_zeros(asked.shape[:3])  # float32 like the query, whatever the default type
+    else:
+        shifts = torch.nn.functional.pad(shift, (0, spare)).contiguous()
     job = np.array(
         [
             0, batch, heads, slots, rows * tiles, len(keys), asked.data_ptr(), len(found), pages.ctypes.data,

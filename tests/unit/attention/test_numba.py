@@ -226,6 +226,23 @@ def test_scores_are_soft_capped_with_what_smoothing_took_off_the_keys(kind, quer
     check(layer, query)
 
 
+def test_the_default_type_of_torch_makes_no_difference():
+    """What the kernel reads beside the query is float32 whatever new tensors are."""
+    layer, _ = filled(KINDS[0], 300, batch=8)
+    query = torch.randn(8, 8, 16, 64)
+    expected = reference(layer, query, softcap=3.0)
+    torch.set_default_dtype(torch.bfloat16)
+    _ = [torch.full((8, 2, 64), 1e3) for _ in range(64)]  # what lies behind a tensor that is too short is not zeros
+    del _
+    try:
+        fused = tiles.attend(
+            query, *layer.stores, None, is_causal=False, scale=None, softcap=3.0, kernel=numba_kernels.attend_body
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(fused.double(), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_states_of_any_type(dtype):
     """Through scaled_dot_product_attention, as a model calls it, with nothing materialised."""
