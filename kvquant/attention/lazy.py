@@ -32,13 +32,14 @@ class LazyStates(Tensor):
     repeats: int
     unfolded: bool
 
-    # What each kind has of its own. torch's metaclass leaves no room for that of abstract classes.
-
     def __init_subclass__(cls, **options: Any) -> None:
+        # torch's metaclass leaves no room for that of abstract classes, which would look after this.
         super().__init_subclass__(**options)
-        missing = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+        missing = [name for name in vars(LazyStates) if getattr(getattr(cls, name), "__isabstractmethod__", False)]
         if missing:
             raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
+
+    # What each kind has of its own.
 
     @abstractmethod
     def dequantize(self) -> Tensor:

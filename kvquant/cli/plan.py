@@ -215,7 +215,7 @@ def _notes(report: PlanReport, detailed: list[str]) -> list[str]:
     wider = [(row.cache, row.most_nbytes / row.nbytes - 1) for row in report.rows if row.cache in detailed]
     if any(share for _, share in wider):
         most = ", ".join(f"{label} {share:.1%}" for label, share in wider if share)
-        counted = "Scales are counted in the 8 or 16 bits that scale_bits says."
+        counted = "Scales are counted in 8 or 16 bits: as scale_bits says, or else in 8 below 4 bits."
         notes.append(f"{counted} Where states need them in float32, at most so much more: {most}.")
     notes.append(
         f"Beside weights and cache {format_bytes(settings['overhead'])} are counted, as --overhead says."

@@ -24,7 +24,7 @@ _COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _AXES = {"axis_key": "channel", "axis_value": "token"}
 #: What the measurements of docs/quality.md recommend: KIVI's axes, groups of 64, sinks, smoothed channels, rotated
-#: values, scales by the fourth power of errors and in bytes; bits go to keys first.
+#: values, scales in bytes; bits go to keys first.
 _MEASURED = {
     **_AXES,
     "group_size": 64,
@@ -35,6 +35,7 @@ _MEASURED = {
     "rotation_value": "hadamard",
     "scale_bits": 8,
 }
+#: Least squares lose tokens that attention looks for, see the same page.
 _FOURTH = {"options": {"scale": "fourth"}}
 _KIVI = {
     **_AXES,

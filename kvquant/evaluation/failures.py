@@ -6,7 +6,8 @@ import torch
 
 from kvquant.errors import KVQuantError
 
-#: What a plugin or a library may raise without ending the measurement of the others: not that memory ran out.
+#: What a plugin or a library may raise without ending the measurement of the others. That memory ran out is a
+#: RuntimeError of torch's, too: who must not pass over that asks `is_out_of_memory`.
 FAILURES = (
     KVQuantError,
     RuntimeError,

@@ -93,6 +93,8 @@ def read_cache(text: str, option: str = "backends", syntax: str = SYNTAX) -> Wri
 def written(value: Any) -> str:
     """Return an option's value so that it can be read again."""
     is_json = value is None or isinstance(value, (dict, list, tuple))
+    if isinstance(value, str):
+        is_json = parse_value(value) != value or bool(set(value) & set(',:"[]{}'))
     return json.dumps(value, separators=(",", ":")) if is_json else str(value)
 
 

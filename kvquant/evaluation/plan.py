@@ -169,7 +169,8 @@ def planned_candidates(
 
 def _says_bits(cache: Written) -> bool:
     """Whether a cache is written with its bits, or is one that has its own."""
-    return cache.name == FULL or bool(cache.widths) or is_preset(cache)
+    as_options = cache.says("nbits") or (cache.says("nbits_key") and cache.says("nbits_value"))
+    return cache.name == FULL or bool(cache.widths) or as_options or is_preset(cache)
 
 
 def _all_widths(part: str, shared: Mapping[str, Any] | None) -> list[str]:

@@ -146,7 +146,7 @@ def tuning_options(text: str | None = None, shared: Mapping[str, Any] | None = N
         CacheConfig.from_dict(said)  # values that can never work are an error
         return _without_bits({"backend": CacheConfig().backend, **overridden(PRESETS[DEFAULT_BASE], said)})
     parts = split_caches(text)
-    if len(parts) > 1 or text == FULL:
+    if len(parts) > 1 or parts == [FULL]:
         expected = f"one backend of kvquant with its options, or one preset of {listing(PRESETS)}"
         raise OptionValueError("backend", text, expected)
     cache = read_cache(text, "backend")

@@ -8,6 +8,7 @@ from transformers.cache_utils import HQQQuantizedLayer
 from kvquant.cache.cache import QuantizedCache
 from kvquant.errors import BackendFactoryError, ConfigError, OptionValueError, UnknownOptionError, UnsupportedError
 from kvquant.evaluation.candidates import body_bits, cache_bits, elements, parse_candidates, usable_candidates
+from kvquant.evaluation.notation import read_cache, split_caches, written
 from tests.support import SMALL_MODEL
 
 MODEL = LlamaConfig(**SMALL_MODEL)
@@ -191,3 +192,13 @@ def test_config_errors_are_config_errors():
     """So that the command line calls them bad usage."""
     with pytest.raises(ConfigError):
         parse_candidates("nothing-of-the-kind")
+
+
+@pytest.mark.parametrize(
+    "value", ["error", "4", "true", "null", "a:b", "a,b", '{"a":1}', 4, 0.5, True, None, [1, 2], {"a": "b:c"}]
+)
+def test_what_is_written_is_read_again(value):
+    """Text that looks like something else is quoted."""
+    cache = read_cache(f"reference:2:x={written(value)}")
+    assert (cache.widths, cache.options) == ((2,), {"x": value})
+    assert split_caches(f"a,reference:2:x={written(value)}") == ["a", f"reference:2:x={written(value)}"]

@@ -399,6 +399,9 @@ def test_widths_of_a_backend_that_names_none():
     assert labels == ["full", "bitsandbytes:8", "bitsandbytes:4", "kivi-2", "reference:4"]
     labels = [candidate.label for candidate in planned_candidates("hqq:group_size=32,kivi-2", (2,))]
     assert labels == ["full", "hqq:2:group_size=32", "kivi-2"]
+    said = ("reference:nbits=4", "reference:nbits_key=4:nbits_value=2")
+    assert [candidates(each)[1:][0].options["nbits_key" if "key" in each else "nbits"] for each in said] == [4, 4]
+    assert [len(candidates(each)) for each in said] == [2, 2]  # with the full-precision one
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_the_widths_are_those_that_the_backend_has() -> None:
         ("reference:nbits_key=4", "a cache without bits"),
         ("reference,hqq", "one backend of kvquant"),
         ("full", "one backend of kvquant"),
+        (" full", "one backend of kvquant"),
         ("transformers:quanto", "a cache of kvquant's"),
         ('reference:layers={"0":{"group_size":32}}', "layers={.*expected none: options by layer are what"),
     ],

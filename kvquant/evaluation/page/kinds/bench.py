@@ -148,7 +148,8 @@ def _smaller(held: Mapping[str, int | None]) -> dict[str, Cell]:
 
 def _faster(report: BenchReport) -> str:
     against = report.options.against
-    return f"times faster than {FULL if against is None else against.removeprefix('kvquant:')}"
+    full = against in (None, "dynamic")  # whose row is called so on the page
+    return f"times faster than {FULL if full else str(against).removeprefix('kvquant:')}"
 
 
 def _table(context: int, results: Sequence[CacheResult], faster: str) -> Table:
