@@ -101,7 +101,8 @@ def test_what_is_not_quantised_is_what_the_harness_itself_says(plain: Any, cache
 def test_tasks_really_go_through_the_quantised_cache(plain: Any, quantized: Any) -> None:
     """Every request fills a cache in which tokens are quantised, at the bits asked for, and scores say so."""
     told = quantized["config"]["kvquant"]
-    assert (told["cache"], told["settings"]["nbits"], told["bits_per_element"]) == ("reference:2", 2, 2.5)
+    assert (told["cache"], told["settings"]["nbits"]) == ("reference:2", 2)
+    assert 2.25 < told["bits_per_element"] < 2.5  # scales in bytes, and what smoothing remembers of short texts
     assert told["caches"] == told["caches_that_quantized"] == LIMIT * (1 + 4 + 1)
     for name in NAMES[1:]:
         pairs = zip(scores(quantized["samples"][name]), scores(plain["samples"][name]), strict=True)
